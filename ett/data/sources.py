@@ -1,0 +1,46 @@
+"""Where examples come from: a map from a position to an `Example`, pure and repeatable.
+
+A source is map-style on purpose. The order of a run is then a pure function of its seed (``ett.data.mixture``), and
+resuming at step s is arithmetic, not replay.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from ett.types import Example, Message
+
+
+class Source(ABC):
+    """A finite collection of examples. ``source[i]`` depends on `i` and on the source's own settings alone: the same
+    process, another process or another worker gets the same example."""
+
+    name: str
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of examples, at least 1."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example:
+        """Example number `index`.
+
+        Raises:
+            IndexError: `index` is not in [0, len).
+            ett.errors.DataError: the example cannot be read; the message names the file and what is wrong with it.
+        """
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+
+def conversation(question: str | None, answer: str, num_images: int = 1) -> Sequence[Message]:
+    """One exchange about `num_images` pictures: the pictures, then the question if there is one, then the answer."""
+    content: list[dict[str, str]] = [{"type": "image"} for _ in range(num_images)]
+    if question is not None:
+        content.append({"type": "text", "text": question})
+    return (
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    )

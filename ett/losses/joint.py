@@ -1,0 +1,74 @@
+"""The joint objective (ETT eq. 3), L = L_cap + alpha * L_vq, and its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ett.config import require
+from ett.types import Quantized
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of every term that needs no second optimizer. A term of weight 0 is not computed.
+
+    Attributes:
+        caption_weight: of L_cap, >= 0.
+        tokenizer_weight: alpha, of L_vq as a whole, >= 0 (ETT: 0.25).
+        reconstruction: pixel distance of L_rec.
+        reconstruction_weight, quantization_weight: of L_rec and L_quant in L_vq, >= 0 (1).
+        entropy_weight: lambda_E of L_entropy in L_vq, >= 0 (0.05).
+        caption_reaches_tokenizer: False detaches the tokenizer from the caption loss (the reconstruction-only control).
+    """
+
+    caption_weight: float = 1.0
+    tokenizer_weight: float = 0.25
+    reconstruction: Literal["l1", "l2"] = "l1"
+    reconstruction_weight: float = 1.0
+    quantization_weight: float = 1.0
+    entropy_weight: float = 0.05
+    caption_reaches_tokenizer: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "caption_weight",
+            "tokenizer_weight",
+            "reconstruction_weight",
+            "quantization_weight",
+            "entropy_weight",
+        ):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+
+    @property
+    def uses_entropy(self) -> bool:
+        """Whether the quantizer must compute the entropy term."""
+        return self.tokenizer_weight > 0 and self.entropy_weight > 0
+
+
+def reconstruction_loss(reconstruction: Tensor, pixel_values: Tensor, kind: Literal["l1", "l2"]) -> Tensor:
+    """float[]: mean absolute or squared difference of two float[I, 3, H, W] in [-1, 1]."""
+    return F.l1_loss(reconstruction, pixel_values) if kind == "l1" else F.mse_loss(reconstruction, pixel_values)
+
+
+def tokenizer_losses(
+    pixel_values: Tensor, reconstruction: Tensor, quantized: Quantized, config: LossConfig
+) -> dict[str, Tensor]:
+    """The terms of L_vq by name, unweighted, each float[]."""
+    return {
+        "reconstruction_loss": reconstruction_loss(reconstruction, pixel_values, config.reconstruction),
+        "quantization_loss": quantized.quantization_loss,
+        "entropy_loss": quantized.entropy_loss,
+    }
+
+
+def tokenizer_loss(losses: dict[str, Tensor], config: LossConfig) -> Tensor:
+    """L_vq, float[], from `tokenizer_losses`' terms (ETT eq. 1 without the perceptual and adversarial terms)."""
+    return (
+        config.reconstruction_weight * losses["reconstruction_loss"]
+        + config.quantization_weight * losses["quantization_loss"]
+        + config.entropy_weight * losses["entropy_loss"]
+    )

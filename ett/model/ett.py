@@ -1,0 +1,253 @@
+"""`EttForConditionalGeneration`: vision tokenizer -> projector -> language model, trained on one joint loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+
+from ett.losses.caption import caption_loss, next_token_labels, supervised_columns
+from ett.losses.joint import LossConfig, tokenizer_loss, tokenizer_losses
+from ett.model.configuration import EttConfig
+from ett.model.lora import inject_lora
+from ett.model.projector import Projector
+from ett.tokenizers import VisionTokenizer
+from ett.types import IGNORE_INDEX, Quantized
+
+
+@dataclass
+class EttOutput(ModelOutput):
+    """What `forward` returns; fields that a call does not compute are None.
+
+    Attributes:
+        loss: float[], ``caption_weight * L_cap + tokenizer_weight * L_vq`` over the terms that were computed.
+        logits: float[B, T', V], T' as `logits_to_keep` says.
+        losses: every term by name, unweighted, float[] each.
+        past_key_values: the language model's cache.
+        quantized: `Quantized` of the batch's images.
+        reconstruction: float[I, 3, H, W], about [-1, 1].
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    quantized: Quantized | None = None
+    reconstruction: Tensor | None = None
+
+
+class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """ETT around any causal language model of transformers (ETT figure 2).
+
+    Parts: ``vision_tokenizer`` (`VisionTokenizer`), ``projector``, ``language_model`` (a complete causal LM with its own
+    embedding and head), and ``index_embedding`` (K x D) where ``visual_input`` is "index".
+    """
+
+    config_class = EttConfig
+    config: EttConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  # read by transformers as a plain class attribute
+    # codes must not be rounded, and the tokenizer has its own precision setting
+    _keep_in_fp32_modules_strict = ["vision_tokenizer", "index_embedding"]  # noqa: RUF012  # likewise
+
+    def __init__(self, config: EttConfig) -> None:
+        super().__init__(config)
+        self.vision_tokenizer = VisionTokenizer.from_config(config.vision_tokenizer)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.lora is not None:
+            inject_lora(self.language_model, config.lora)
+        self.projector = Projector(
+            config.projector_config, self.vision_tokenizer.codebook_dim, config.text_config.hidden_size
+        )
+        self.index_embedding: nn.Embedding | None = None
+        if config.visual_input == "index":
+            self.index_embedding = nn.Embedding(self.vision_tokenizer.codebook_size, self.vision_tokenizer.codebook_dim)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the tokenizer, projector and table initialise themselves, and the language model is its own
+        `PreTrainedModel`. The library's default would overwrite them with N(0, 0.02)."""
+
+    @classmethod
+    def from_parts(
+        cls, config: EttConfig, vision_tokenizer: VisionTokenizer, language_model: PreTrainedModel
+    ) -> Self:
+        """A model around given parts, used as they are, with a fresh projector.
+
+        The index table, where there is one, starts as a copy of the codebook, so that "index" and "embedding" compute the
+        same function at step 0 (METHOD section 8).
+        """
+        config.vision_tokenizer = vision_tokenizer.config_mapping()
+        config.text_config = language_model.config
+        config.tie_word_embeddings = getattr(language_model.config, "tie_word_embeddings", False)
+        with torch.device("meta"):
+            model = cls(config)
+        model.vision_tokenizer = vision_tokenizer
+        model.language_model = language_model
+        if config.lora is not None:
+            inject_lora(language_model, config.lora)
+        model.projector = Projector(config.projector_config, vision_tokenizer.codebook_dim, config.text_config.hidden_size)
+        if config.visual_input == "index":
+            model.index_embedding = nn.Embedding.from_pretrained(
+                vision_tokenizer.quantize.codebook.detach().clone(), freeze=False
+            )
+        model.generation_config = language_model.generation_config
+        return model
+
+    # -- the parts that transformers asks for --------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.language_model.get_input_embeddings())
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.language_model.get_output_embeddings())
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    # -- the figure ----------------------------------------------------------------------------------------------------
+
+    def visual_embeddings(self, quantized: Quantized, reaches_tokenizer: bool = True) -> Tensor:
+        """Projected visual positions, float[I, N / n**2, C], of quantized images."""
+        if self.index_embedding is not None:
+            embeddings = self.index_embedding(quantized.indices).permute(0, 3, 1, 2)
+        elif reaches_tokenizer:
+            embeddings = quantized.embeddings
+        else:
+            embeddings = quantized.embeddings.detach()
+        return cast(Tensor, self.projector(embeddings.to(self.projector.layers[0].weight.dtype)))
+
+    def embed(self, input_ids: Tensor, visual: Tensor | None) -> Tensor:
+        """float[B, T, C]: text embeddings with `visual` (float[I, P, C]) in place of the image placeholders.
+
+        Raises:
+            ValueError: the placeholders are not as many as the visual positions.
+        """
+        is_image = input_ids == self.config.image_token_id
+        # the placeholder may lie outside the vocabulary, so it is looked up as token 0 and overwritten
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if visual is None:
+            if bool(is_image.any()):
+                raise ValueError("input_ids hold image placeholders, but no pixel_values were given.")
+            return cast(Tensor, embeds)
+        if int(is_image.sum()) != visual.shape[0] * visual.shape[1]:
+            raise ValueError(
+                f"input_ids hold {int(is_image.sum())} image placeholders, but {visual.shape[0]} images give "
+                f"{visual.shape[0] * visual.shape[1]} visual positions. Prepare inputs with EttProcessor, for pictures of "
+                "this size."
+            )
+        return cast(Tensor, embeds.masked_scatter(is_image.unsqueeze(-1), visual.to(embeds.dtype)))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | float | None = None,
+        loss_config: LossConfig | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> EttOutput:
+        """One step of ETT.
+
+        Args:
+            input_ids: int64[B, T], image placeholders where visual positions go.
+            pixel_values: float[I, 3, H, W] in [-1, 1], in reading order over the batch.
+            attention_mask: int64[B, T], 1 where real; padding on either side.
+            labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken; gives `loss`.
+            logits_to_keep: as in transformers: 0 all, n the last n, or int64[U] the positions to compute logits for. With
+                labels, the loss is taken over those positions. "supervised" positions: `supervised_columns(labels)`.
+            num_items_in_batch: divisor of the caption loss (see `caption_loss`); None counts this batch's own. Losses of the
+                micro-batches of a step are then *added*; L_vq is weighted by the batch's share of supervised tokens.
+            loss_config: weights; None takes the saved configuration's.
+        """
+        weights = loss_config or self.config.loss_config
+        quantized = reconstruction = None
+        if pixel_values is not None and pixel_values.shape[0] > 0:
+            features = self.vision_tokenizer.encode(pixel_values)
+            quantized = self.vision_tokenizer.quantize(features, entropy=labels is not None and weights.uses_entropy)
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("Give input_ids or inputs_embeds.")
+            visual = None if quantized is None else self.visual_embeddings(quantized, weights.caption_reaches_tokenizer)
+            inputs_embeds = self.embed(input_ids, visual)
+        if position_ids is None and past_key_values is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+        loss, losses = None, None
+        if labels is not None:
+            targets = _keep(next_token_labels(labels), logits_to_keep)
+            losses = {"caption_loss": caption_loss(outputs.logits, targets, num_items_in_batch)}
+            loss = weights.caption_weight * losses["caption_loss"]
+            if quantized is not None and weights.tokenizer_weight > 0 and pixel_values is not None:
+                reconstruction = self.vision_tokenizer.decode(quantized.embeddings)
+                losses |= tokenizer_losses(pixel_values, reconstruction, quantized, weights)
+                # under accumulation the divisor is larger than this batch: L_vq takes the same share as the caption loss
+                share = 1.0 if num_items_in_batch is None else (targets != IGNORE_INDEX).sum() / num_items_in_batch
+                loss = loss + weights.tokenizer_weight * share * tokenizer_loss(losses, weights)
+        return EttOutput(
+            loss=loss,
+            logits=outputs.logits,
+            losses=losses,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            quantized=quantized,
+            reconstruction=reconstruction,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        pixel_values: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        )
+        # pictures are read once, with the prompt; later steps find them in the cache
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+
+def _keep(targets: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The columns of int64[B, T] that transformers' `logits_to_keep` selects."""
+    if isinstance(logits_to_keep, Tensor):
+        return targets[:, logits_to_keep]
+    return targets[:, -logits_to_keep:] if logits_to_keep else targets
+
+
+__all__ = ["EttForConditionalGeneration", "EttOutput", "supervised_columns"]

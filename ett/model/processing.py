@@ -1,0 +1,292 @@
+"""`EttProcessor`: pictures and conversations -> the model's tensors, with labels on the assistant's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ett.errors import DataError, ModelError, unknown
+from ett.images import FIT_MODES, Box, FitMode, fit, load_image, to_array
+from ett.model.text import CHAT_TEMPLATES, IMAGE_TOKEN, add_image_token
+from ett.types import IGNORE_INDEX, Batch, Example, Message
+
+
+class EttImageProcessor(BaseImageProcessor):
+    """Pictures of any mode and size -> float32[I, 3, H, W] in [-1, 1], without torchvision.
+
+    Args:
+        height, width: H and W [pixels], multiples of the tokenizer's downsampling times the merge size.
+        mode: "pad" keeps the whole picture on a white ground, "crop" cuts its middle, "stretch" ignores its aspect.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012  # transformers reads a plain class attribute
+
+    def __init__(self, height: int = 256, width: int = 256, mode: FitMode = "pad", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if mode not in FIT_MODES:
+            raise ValueError(unknown("mode of fitting a picture", mode, FIT_MODES))
+        self.height, self.width, self.mode = height, width, mode
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
+        """`images`: a picture or a list of them (`ett.images.load_image` says what is accepted)."""
+        pictures = images if isinstance(images, list | tuple) else [images]
+        arrays = [self.fit(load_image(picture))[0] for picture in pictures]
+        stacked = np.stack(arrays) if arrays else np.zeros((0, 3, self.height, self.width), dtype=np.float32)
+        return BatchFeature(data={"pixel_values": stacked}, tensor_type=return_tensors)
+
+    def fit(self, image: PIL.Image.Image) -> tuple[np.ndarray, Box]:
+        """(float32[3, H, W] in [-1, 1], where the picture lies in it) of an RGB picture."""
+        fitted = fit(image, self.height, self.width, self.mode)
+        return to_array(fitted.image), fitted.box
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        return self.preprocess(images, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as ids: int lists of equal length, and its pictures float32[3, H, W]."""
+
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: list[np.ndarray]
+    id: str
+
+
+class EttProcessor(ProcessorMixin):
+    """Image processor and text tokenizer of one model.
+
+    Args:
+        image_processor: fixes the pictures' size.
+        tokenizer: the language model's; gets `IMAGE_TOKEN` if it lacks it.
+        num_image_positions: visual positions a picture takes, (H / (downsample * n)) * (W / (downsample * n)).
+        chat_template: a Jinja template over messages whose ``content`` is text with `IMAGE_TOKEN` for each picture; None
+            takes the tokenizer's own, or the plain captioning format if it has none.
+    """
+
+    def __init__(
+        self,
+        image_processor: EttImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        num_image_positions: int = 0,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_image_positions = num_image_positions
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = add_image_token(tokenizer)
+        template = chat_template or getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATES["plain"]
+        super().__init__(image_processor, tokenizer, chat_template=template)
+        self.image_processor: EttImageProcessor = image_processor
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+
+    # -- for our own loop ----------------------------------------------------------------------------------------------
+
+    def encode(self, example: Example, max_length: int | None = None) -> Encoded:
+        """One example as ids with labels on the assistant's words and the token that ends them.
+
+        `max_length` cuts text at the end of the conversation.
+
+        Raises:
+            DataError: pictures and image parts do not match, a text contains the placeholder, or the cut would lose a
+                picture or every supervised token.
+        """
+        input_ids, labels = self.tokenize_conversation(example.messages, example.id)
+        num_pictures = sum(part["type"] == "image" for message in example.messages for part in message["content"])
+        if num_pictures != len(example.images):
+            raise DataError(f"Example {example.id!r} mentions {num_pictures} pictures and brings {len(example.images)}.")
+        if max_length is not None and len(input_ids) > max_length:
+            cut, lost = labels[:max_length], input_ids[max_length:]
+            if self.image_token_id in lost or all(label == IGNORE_INDEX for label in cut):
+                raise DataError(
+                    f"Example {example.id!r} has {len(input_ids)} positions; cut to max_length = {max_length} it would lose "
+                    "a picture or its whole answer. Raise max_length, or shorten or drop the example."
+                )
+            input_ids, labels = input_ids[:max_length], cut
+        pixels = [self.image_processor.fit(image)[0] for image in example.images]
+        return Encoded(input_ids, labels, pixels, example.id)
+
+    def collate(self, items: Sequence[Encoded], padding_side: str = "right") -> Batch:
+        """Pad encoded examples to the longest and stack them."""
+        longest = max(len(item.input_ids) for item in items)
+
+        def padded(values: list[int], fill: int) -> list[int]:
+            padding = [fill] * (longest - len(values))
+            return values + padding if padding_side == "right" else padding + values
+
+        pad_id = self.pad_token_id
+        pixels = [pixel for item in items for pixel in item.pixel_values]
+        size = (0, 3, self.image_processor.height, self.image_processor.width)
+        return Batch(
+            pixel_values=torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(size),
+            input_ids=torch.tensor([padded(item.input_ids, pad_id) for item in items]),
+            attention_mask=torch.tensor([padded([1] * len(item.input_ids), 0) for item in items]),
+            labels=torch.tensor([padded(item.labels, IGNORE_INDEX) for item in items]),
+            ids=[item.id for item in items],
+        )
+
+    def prompt(self, examples: Sequence[Example]) -> Batch:
+        """The examples up to the first assistant turn, left-padded, ready for `generate`."""
+        items = []
+        for example in examples:
+            turns = []
+            for message in example.messages:
+                if message["role"] == "assistant":
+                    break
+                turns.append(message)
+            ids, _ = self.tokenize_conversation(turns, example.id, add_generation_prompt=True)
+            asked = sum(part["type"] == "image" for message in turns for part in message["content"])
+            pixels = [self.image_processor.fit(image)[0] for image in example.images[:asked]]
+            items.append(Encoded(ids, [IGNORE_INDEX] * len(ids), pixels, example.id))
+        return self.collate(items, padding_side="left")
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills padding; masked everywhere, so the end-of-sequence token serves where there is no other."""
+        for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(token_id, int):
+                return token_id
+        return 0
+
+    def tokenize_conversation(
+        self, messages: Sequence[Message], where: str = "conversation", add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of equal length; labels are the ids of assistant turns and ``IGNORE_INDEX`` elsewhere.
+
+        The rendered text is cut where supervision begins and ends, and each piece is tokenized by itself: a prompt then has
+        the same ids in training and in generation, whatever the tokenizer would merge across the border.
+        """
+        flat = [{"role": message["role"], "content": self._flatten(message, where)} for message in messages]
+        input_ids: list[int] = []
+        labels: list[int] = []
+
+        def append(text: str, supervised: bool) -> None:
+            pieces = text.split(IMAGE_TOKEN)
+            for i, piece in enumerate(pieces):
+                if i > 0:
+                    input_ids.extend([self.image_token_id] * self.num_image_positions)
+                    labels.extend([IGNORE_INDEX] * self.num_image_positions)
+                ids: list[int] = self.tokenizer(piece, add_special_tokens=False).input_ids if piece else []
+                input_ids.extend(ids)
+                labels.extend(ids if supervised else [IGNORE_INDEX] * len(ids))
+
+        done = ""
+        for k, message in enumerate(flat):
+            if message["role"] != "assistant":
+                continue
+            prompt, full = self._render(flat[:k], True), self._render(flat[: k + 1], False)
+            if not (full.startswith(prompt) and prompt.startswith(done)):
+                raise ModelError(
+                    "This chat template rewrites earlier turns, so answers cannot be told from prompts. Choose another "
+                    'with model.chat_template (for example "plain").'
+                )
+            answer = full[len(prompt) :]
+            stripped = answer.rstrip()
+            append(prompt[len(done) :], False)
+            append(stripped, True)
+            append(answer[len(stripped) :], False)
+            done = full
+        append(self._render(flat, add_generation_prompt)[len(done) :], False)
+        start = self._leading_ids(input_ids)
+        return start + input_ids, [IGNORE_INDEX] * len(start) + labels
+
+    def _flatten(self, message: Message, where: str) -> str:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            if part["type"] == "text" and IMAGE_TOKEN in part["text"]:
+                raise DataError(f"{where}: a text contains {IMAGE_TOKEN}, which is reserved for pictures. Take it out.")
+        return "".join(IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in parts)
+
+    def _render(self, flat: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if not flat:
+            return ""
+        rendered = self.tokenizer.apply_chat_template(
+            flat, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _leading_ids(self, input_ids: list[int]) -> list[int]:
+        """What the tokenizer puts in front of every text (a BOS token), unless the template wrote it already."""
+        bos = self.tokenizer.bos_token_id
+        wanted: list[int] = self.tokenizer("").input_ids
+        return [bos] if isinstance(bos, int) and wanted[:1] == [bos] and input_ids[:1] != [bos] else []
+
+    # -- for pipelines and foreign trainers ----------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        return_tensors: str | None = None,
+        padding: bool | str = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """transformers' convention: `text` with one `IMAGE_TOKEN` for each picture, and the pictures in order."""
+        data: dict[str, Any] = {}
+        if images is not None:
+            nested = [image for group in images for image in (group if isinstance(group, list | tuple) else [group])] if (
+                isinstance(images, list | tuple)
+            ) else [images]
+            data.update(self.image_processor(nested))
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            wanted = sum(t.count(IMAGE_TOKEN) for t in texts)
+            brought = len(data.get("pixel_values", ()))
+            if wanted != brought:
+                raise ValueError(f"The texts mention {wanted} pictures ({IMAGE_TOKEN}), but {brought} were given.")
+            expanded = [t.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_positions) for t in texts]
+            data.update(self.tokenizer(expanded, padding=padding, **kwargs))
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers; contents may be text or lists of parts."""
+        single = bool(conversation) and isinstance(conversation[0], dict)
+        conversations = [conversation] if single else conversation
+        if kwargs.get("tokenize") or kwargs.get("return_dict"):
+            images = [
+                part.get("image", part.get("url", part.get("path")))
+                for turns in conversations
+                for message in turns
+                if not isinstance(message["content"], str)
+                for part in message["content"]
+                if part["type"] == "image"
+            ]
+            batch = self._chat_tensors(conversations, images, bool(kwargs.get("add_generation_prompt")))
+            return BatchFeature(batch, tensor_type=None)
+        texts = [
+            self._render(
+                [{"role": m["role"], "content": self._flatten(m, "conversation")} for m in turns],
+                bool(kwargs.get("add_generation_prompt")),
+            )
+            for turns in conversations
+        ]
+        return texts[0] if single else texts
+
+    def _chat_tensors(self, conversations: Any, images: list[Any], add_generation_prompt: bool) -> dict[str, Tensor]:
+        pixels = [self.image_processor.fit(load_image(image))[0] for image in images]
+        items = []
+        for turns in conversations:
+            ids, labels = self.tokenize_conversation(turns, add_generation_prompt=add_generation_prompt)
+            items.append(Encoded(ids, labels, [], ""))
+        batch = self.collate(items, padding_side="left")
+        data = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return data | ({"pixel_values": torch.from_numpy(np.stack(pixels))} if pixels else {})
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's, without the placeholder."""
+        decoded: list[str] = self.tokenizer.batch_decode(*args, **kwargs)
+        return decoded

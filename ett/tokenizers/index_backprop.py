@@ -1,0 +1,262 @@
+"""Index backpropagation over a codebook without an N x K matrix: the arithmetic behind the quantizer.
+
+    N  vectors to quantize     K  codes     D  their dimension     R  rows in a chunk, R * K bounded
+
+The plain loop that this file replaces (IBQ; symbols as in the paper, `sg` = stop-gradient)::
+
+    logits  = query @ codebook.T                       # [N, K]: 4 GiB at N = 8,192 and K = 131,072
+    p       = softmax(logits, dim=1)
+    onehot  = one_hot(logits.argmax(dim=1))
+    output  = (onehot - sg(p) + p) @ codebook          # value: codebook[argmax]
+    p_T     = softmax(logits / T, dim=1)
+    entropy = mean_n H(p_T[n]) - H(mean_n p_T[n])
+
+A chunk of rows meets the whole codebook, so that every softmax of a row is complete when the chunk is done and nothing of
+size K is kept per row. Backward recomputes the logits of a chunk. Work: 1 GEMM of 2*N*K*D FLOPs forward, 4 backward
+(logits again, `g @ E.T`, and one for each gradient), with or without the entropy term; memory: two R x K buffers, the
+gradient of the codebook and O(N * D).
+
+On CPU the passes over a chunk run in column blocks that stay in the cache, and the entropy softmax, whose terms underflow
+to exactly zero below `max - 104 * T` in float32, touches only the codes above that bound where they are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Entries of one chunk's logits: 32 MiB of float32 on CPU, 512 MiB on CUDA."""
+CACHE_ELEMENTS = 1 << 17
+"""Entries of a column block on CPU: two operands of 512 KiB share the second-level cache."""
+SPARSE_SHARE = 1 / 32
+"""The entropy softmax goes sparse where at most this share of its terms is above underflow."""
+_UNDERFLOW = {torch.float32: 104.0, torch.float64: 746.0}
+"""exp(-x) is exactly zero in the type for every x above this."""
+
+
+@dataclass(frozen=True)
+class IndexBackpropOutput:
+    """What `index_backprop` returns.
+
+    Attributes:
+        soft: float[N, D], value codebook[indices]; gradient of IBQ's straight-through one-hot.
+        hard: float[N, D], codebook[indices]; gradient to the selected codes alone.
+        indices: int64[N], the largest logit (the first of equals).
+        entropy: float[], mean_n H(p_T[n]) - H(mean_n p_T[n]) in nats, or 0 where it was not asked for.
+        usage: float[K], sum over n of p_T[n] (all ranks), or the count of each index where entropy is off.
+    """
+
+    soft: Tensor
+    hard: Tensor
+    indices: Tensor
+    entropy: Tensor
+    usage: Tensor
+
+
+def index_backprop(
+    query: Tensor,
+    codebook: Tensor,
+    entropy_temperature: float | None = None,
+    *,
+    all_ranks: bool = False,
+    chunk_rows: int | None = None,
+) -> IndexBackpropOutput:
+    """Quantize `query` over `codebook` with IBQ's gradients.
+
+    Args:
+        query: float32|float64[N, D]; logits are `query @ codebook.T`, so scale the query to set their temperature.
+        codebook: same type, [K, D].
+        entropy_temperature: T of the entropy term, > 0; None leaves the term out.
+        all_ranks: take the mean over n across all ranks of the default process group (every rank must call). The returned
+            entropy then uses the global mean; gradients are scaled so that averaging them over ranks, as DDP does, gives
+            the gradient of the global term.
+        chunk_rows: rows at a time; None chooses by device.
+
+    Source: IBQ (arXiv 2412.02692), eq. 4 to 8; the backward is METHOD section 6 of the paper's notation:
+    ``dL/dl_k = p_k (g.e_k - sum_j p_j g.e_j)`` and ``dL_entropy/dl = p_T (c - sum p_T c) / (N T)`` with
+    ``c = -l/T + log mean_n p_T``.
+    """
+    if query.dtype not in _UNDERFLOW or codebook.dtype != query.dtype:
+        raise TypeError(
+            f"The quantizer works in float32 (or float64 for tests); got {query.dtype} features and a {codebook.dtype} "
+            "codebook. Keep the quantizer out of mixed precision: its indices would change."
+        )
+    if chunk_rows is None:
+        budget = CHUNK_ELEMENTS.get(query.device.type, CHUNK_ELEMENTS["cuda"])
+        chunk_rows = max(1, min(query.shape[0], budget // codebook.shape[0]))
+    outputs = _IndexBackprop.apply(query, codebook, entropy_temperature, all_ranks, chunk_rows)
+    return IndexBackpropOutput(*outputs)
+
+
+@torch.no_grad()
+def nearest_logit(query: Tensor, codebook: Tensor) -> Tensor:
+    """int64[N]: argmax of `query @ codebook.T`, in chunks; the indices that `index_backprop` gives, and nothing else."""
+    budget = CHUNK_ELEMENTS.get(query.device.type, CHUNK_ELEMENTS["cuda"])
+    rows = max(1, budget // codebook.shape[0])
+    return torch.cat([(chunk @ codebook.T).argmax(dim=1) for chunk in query.split(rows)])
+
+
+class _IndexBackprop(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, codebook: Tensor, temperature: float | None, all_ranks: bool, rows: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        n, k = query.shape[0], codebook.shape[0]
+        indices = torch.empty(n, dtype=torch.int64, device=query.device)
+        maxima = torch.empty(n, 1, dtype=query.dtype, device=query.device)
+        log_norms = torch.empty(n, 1, dtype=query.dtype, device=query.device)
+        row_entropy = query.new_zeros(())
+        usage = query.new_zeros(k)
+        buffer = query.new_empty(min(rows, n), k)
+        for chunk in _chunks(n, rows):
+            logits = torch.mm(query[chunk], codebook.T, out=buffer[: chunk.stop - chunk.start])
+            torch.max(logits, dim=1, keepdim=True, out=(maxima[chunk], indices[chunk, None]))
+            if temperature is not None:
+                row_entropy += _entropy_of_rows(logits, maxima[chunk], temperature, usage, log_norms[chunk])
+        total = torch.full((), float(n), dtype=query.dtype, device=query.device)
+        if temperature is None:
+            usage = torch.bincount(indices, minlength=k).to(query.dtype)
+        if all_ranks:
+            dist.all_reduce(usage)
+            dist.all_reduce(total)
+        world = dist.get_world_size() if all_ranks else 1
+        entropy = query.new_zeros(())
+        if temperature is not None:
+            mean = usage / total
+            entropy = row_entropy / n + torch.xlogy(mean, mean).sum()
+        hard = codebook[indices]
+        ctx.save_for_backward(query, codebook, indices, maxima, log_norms, usage, total)
+        ctx.temperature, ctx.rows, ctx.world = temperature, rows, world
+        ctx.mark_non_differentiable(indices, usage)
+        return hard, hard.clone(), indices, entropy, usage
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, soft_grad: Tensor, hard_grad: Tensor, _indices: Tensor, entropy_grad: Tensor, _usage: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        query, codebook, indices, maxima, log_norms, usage, total = ctx.saved_tensors
+        temperature: float | None = ctx.temperature
+        n, k = query.shape[0], codebook.shape[0]
+        query_grad = torch.empty_like(query)
+        codebook_grad = torch.zeros_like(codebook)
+        size = min(ctx.rows, n)
+        logits_buffer, value_buffer = query.new_empty(size, k), query.new_empty(size, k)
+        with torch.autocast(query.device.type, enabled=False):
+            log_mean = (usage / total).clamp_(min=torch.finfo(query.dtype).tiny).log_()
+            # a row counts 1 / (rows of all ranks); the world size undoes the averaging of gradients over ranks
+            scale = entropy_grad * ctx.world / total
+            for chunk in _chunks(n, ctx.rows):
+                length = chunk.stop - chunk.start
+                logits = torch.mm(query[chunk], codebook.T, out=logits_buffer[:length])
+                values = torch.mm(soft_grad[chunk], codebook.T, out=value_buffer[:length])
+                if temperature is None:
+                    _to_logit_gradient(logits, maxima[chunk], values)
+                else:
+                    term = _EntropyTerm(temperature, log_norms[chunk], log_mean, scale)
+                    _to_logit_gradient(logits, maxima[chunk], values, term)
+                torch.mm(values, codebook, out=query_grad[chunk])
+                codebook_grad.addmm_(values.T, query[chunk])
+            codebook_grad.index_add_(0, indices, soft_grad + hard_grad)
+        return query_grad, codebook_grad, None, None, None
+
+
+def _chunks(n: int, rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """Column ranges whose entries fit the cache on CPU; the whole width elsewhere, where a kernel launch costs more."""
+    width = matrix.shape[1] if matrix.device.type != "cpu" else max(256, CACHE_ELEMENTS // matrix.shape[0])
+    return _chunks(matrix.shape[1], width)
+
+
+def _above_underflow(logits: Tensor, maxima: Tensor, temperature: float) -> tuple[Tensor, Tensor] | None:
+    """(row, column) of each term of softmax(logits / T) that is not exactly zero, or None where they are too many."""
+    if logits.device.type != "cpu":
+        return None
+    mask = logits > maxima - _UNDERFLOW[logits.dtype] * temperature
+    if int(mask.sum()) > SPARSE_SHARE * mask.numel():
+        return None
+    row, column = mask.nonzero(as_tuple=True)
+    return row, column
+
+
+def _entropy_of_rows(logits: Tensor, maxima: Tensor, temperature: float, usage: Tensor, log_norms: Tensor) -> Tensor:
+    """Sum over the rows of H(softmax(logits / T)), float[].
+
+    Adds the rows' probabilities to `usage` [K] and writes log(sum exp((logits - max) / T)) to `log_norms` [R, 1].
+    """
+    support = _above_underflow(logits, maxima, temperature)
+    if support is not None:
+        row, column = support
+        scaled = (logits[row, column] - maxima[row, 0]) / temperature
+        weights = scaled.exp()
+        norms = torch.zeros_like(maxima[:, 0]).index_add_(0, row, weights)
+        torch.log(norms[:, None], out=log_norms)
+        weights /= norms[row]
+        usage.index_add_(0, column, weights)
+        return norms.log().sum() - torch.dot(weights, scaled)
+    norms, dots = torch.zeros_like(maxima), torch.zeros_like(maxima)
+    for block in _blocks(logits):
+        scaled = (logits[:, block] - maxima) / temperature
+        weights = scaled.exp()
+        norms += weights.sum(dim=1, keepdim=True)
+        dots += torch.linalg.vecdot(weights, scaled).unsqueeze(1)
+    torch.log(norms, out=log_norms)
+    for block in _blocks(logits):
+        weights = ((logits[:, block] - maxima) / temperature).sub_(log_norms).exp_()
+        usage[block] += weights.sum(dim=0)
+    return (log_norms - dots / norms).sum()
+
+
+@dataclass(frozen=True)
+class _EntropyTerm:
+    """What a chunk needs for dL_entropy/dlogits: T, log sum exp((l - max) / T) [R, 1], log mean_n p_T [K], factor []."""
+
+    temperature: float
+    log_norms: Tensor
+    log_mean: Tensor
+    scale: Tensor
+
+    def parts(self, logits: Tensor, maxima: Tensor, log_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """(p_T, c) of the given logits; c up to a constant of the row, which taking off the row's mean removes."""
+        log_weights = ((logits - maxima) / self.temperature).sub_(self.log_norms)
+        return log_weights.exp(), log_mean - log_weights
+
+
+def _to_logit_gradient(logits: Tensor, maxima: Tensor, values: Tensor, entropy: _EntropyTerm | None = None) -> None:
+    """Turn values = g @ E.T into the loss's gradient to the logits, in place; both are [R, K].
+
+    values <- p * (values - sum_k p_k values_k) + p_T * (c - sum_k p_T,k c_k) * scale / T, with p = softmax(logits).
+    """
+    norm, dot, mean_c = torch.zeros_like(maxima), torch.zeros_like(maxima), torch.zeros_like(maxima)
+    support = None if entropy is None else _above_underflow(logits, maxima, entropy.temperature)
+    for block in _blocks(logits):
+        weights = (logits[:, block] - maxima).exp_()
+        norm += weights.sum(dim=1, keepdim=True)
+        dot += torch.linalg.vecdot(weights, values[:, block]).unsqueeze(1)
+        if entropy is not None and support is None:
+            mean_c += torch.linalg.vecdot(*entropy.parts(logits[:, block], maxima, entropy.log_mean[block])).unsqueeze(1)
+    dot /= norm
+    log_norm = maxima + norm.log()
+    for block in _blocks(logits):
+        weights = (logits[:, block] - log_norm).exp_()
+        values[:, block].sub_(dot).mul_(weights)
+        if entropy is not None and support is None:
+            p, c = entropy.parts(logits[:, block], maxima, entropy.log_mean[block])
+            values[:, block] += c.sub_(mean_c).mul_(p).mul_(entropy.scale / entropy.temperature)
+    if entropy is not None and support is not None:
+        row, column = support
+        log_weights = (logits[row, column] - maxima[row, 0]) / entropy.temperature - entropy.log_norms[row, 0]
+        p, c = log_weights.exp(), entropy.log_mean[column] - log_weights
+        mean_c = torch.zeros_like(maxima[:, 0]).index_add_(0, row, p * c)
+        gradient = p * (c - mean_c[row]) * (entropy.scale / entropy.temperature)
+        values.view(-1).index_add_(0, row * logits.shape[1] + column, gradient)

@@ -1,0 +1,152 @@
+"""Quantizers: features -> codebook embeddings. `IndexBackpropagationQuantizer` is IBQ's, exact and without N x K."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ett.config import require
+from ett.tokenizers.index_backprop import index_backprop, nearest_logit
+from ett.types import Quantized
+
+BETA = 0.25
+"""Weight of the codebook term ``mean((hard - sg(z))^2)`` in L_quant (IBQ)."""
+REFERENCE_LOGIT_STD = 32**0.5
+"""Spread of the index logits at the start for unit-variance features: neither saturated nor diffuse (docs/method.md)."""
+
+
+class Quantizer(nn.Module, ABC):
+    """Maps features to a finite codebook. Computes in float32 whatever surrounds it."""
+
+    codebook_size: int
+    codebook_dim: int
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """float32[K, D], the embeddings that indices stand for; differentiable where the codebook is trained."""
+
+    @abstractmethod
+    def forward(self, features: Tensor, entropy: bool = True) -> Quantized:
+        """Quantize float[B, D, h, w]; `entropy=False` spares the entropy term where its weight is 0."""
+
+    @abstractmethod
+    def nearest(self, features: Tensor) -> Tensor:
+        """int64[B, h, w]: the indices that `forward` would give, without losses or gradients."""
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """float32[B, D, h, w]: the embeddings of int64[B, h, w] indices in [0, K)."""
+        return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to(bfloat16), .half() and model-wide casts move the quantizer but never round it: bf16 flips indices
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if narrowed and not moved.is_meta else moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+class IndexBackpropagationQuantizer(Quantizer):
+    """IBQ: the index with the largest logit; gradients through the softmax over all codes (METHOD section 6).
+
+    Values: ``embeddings = E[argmax(z @ E.T)]``. Losses: ``L_quant = mean((z_q - z)^2) + mean((sg(E[k]) - z)^2) +
+    0.25 * mean((E[k] - sg(z))^2)``, ``L_entropy = mean_n H(softmax(l_n / T)) - H(mean_n softmax(l_n / T))`` with the mean
+    over n taken over all ranks while training.
+
+    Args:
+        codebook_size: K >= 2.
+        codebook_dim: D >= 1.
+        temperature: of the index softmax, > 0; above 1 it spreads the gradient over more codes. Indices do not depend on it.
+        normalize: compare and return l2-normalised codes; the logits are then ``s * cos(z, e)`` with a learned scale s.
+        entropy_temperature: T of the entropy term, > 0.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        *,
+        temperature: float = 1.0,
+        normalize: bool = False,
+        entropy_temperature: float = 0.01,
+    ) -> None:
+        super().__init__()
+        require(codebook_size >= 2, "codebook_size", codebook_size, "at least 2")
+        require(codebook_dim >= 1, "codebook_dim", codebook_dim, "at least 1")
+        require(temperature > 0, "temperature", temperature, "above 0")
+        require(entropy_temperature > 0, "entropy_temperature", entropy_temperature, "above 0")
+        self.codebook_size = codebook_size
+        self.codebook_dim = codebook_dim
+        self.temperature = temperature
+        self.normalize = normalize
+        self.entropy_temperature = entropy_temperature
+        self.embedding = nn.Embedding(codebook_size, codebook_dim)
+        nn.init.normal_(self.embedding.weight, std=REFERENCE_LOGIT_STD / codebook_dim**0.5)
+        self.log_scale = nn.Parameter(torch.tensor(REFERENCE_LOGIT_STD * codebook_dim**0.5).log()) if normalize else None
+
+    @property
+    def codebook(self) -> Tensor:
+        weight: Tensor = self.embedding.weight
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"The codebook is {weight.dtype}, it must stay float32: a narrower type changes indices. Under FSDP, give "
+                "the quantizer its own unit without param_dtype (ett.train.precision.shard_quantizer does)."
+            )
+        return F.normalize(weight, dim=1) if self.normalize else weight
+
+    def forward(self, features: Tensor, entropy: bool = True) -> Quantized:
+        """Quantize features.
+
+        Args:
+            features: float[B, D, h, w].
+            entropy: False leaves the entropy term out (its value is then 0) and saves its passes.
+
+        Raises:
+            ValueError: the features' channels are not D.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            codebook = self.codebook
+            z = self._rows(features)
+            distributed = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+            found = index_backprop(
+                self._query(z), codebook, self.entropy_temperature if entropy else None, all_ranks=distributed
+            )
+            quantization_loss = (
+                F.mse_loss(found.soft, z) + F.mse_loss(found.hard.detach(), z) + BETA * F.mse_loss(found.hard, z.detach())
+            )
+        batch, _, height, width = features.shape
+        return Quantized(
+            embeddings=found.soft.view(batch, height, width, -1).permute(0, 3, 1, 2),
+            indices=found.indices.view(batch, height, width),
+            quantization_loss=quantization_loss,
+            entropy_loss=found.entropy,
+            usage=found.usage,
+        )
+
+    @torch.no_grad()
+    def nearest(self, features: Tensor) -> Tensor:
+        batch, _, height, width = features.shape
+        with torch.autocast(features.device.type, enabled=False):
+            return nearest_logit(self._query(self._rows(features)), self.codebook).view(batch, height, width)
+
+    def _rows(self, features: Tensor) -> Tensor:
+        """float32[N, D] with N = B * h * w: z of the losses, l2-normalised where codes are."""
+        if features.dim() != 4 or features.shape[1] != self.codebook_dim:
+            raise ValueError(
+                f"Expected features of shape [B, {self.codebook_dim}, h, w], got {list(features.shape)}. The channels must "
+                "equal codebook_dim."
+            )
+        rows = features.permute(0, 2, 3, 1).reshape(-1, self.codebook_dim).to(self.embedding.weight.dtype)
+        return F.normalize(rows, dim=1) if self.normalize else rows
+
+    def _query(self, z: Tensor) -> Tensor:
+        scale: Any = 1.0 if self.log_scale is None else self.log_scale.exp()
+        return z * (scale / self.temperature)

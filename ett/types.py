@@ -1,0 +1,99 @@
+"""The data that flows through the package, and the legend of every shape in it.
+
+Shape legend, used in every docstring:
+    B  conversations in a batch          I  images in a batch (>= 0 per conversation)
+    H, W  image height, width [pixels]   h, w  token grid, h = H / downsample
+    N = h * w  visual tokens an image    n  side of the merged square (n * n tokens -> 1 position)
+    D  codebook_dim                      K  codebook_size
+    T  text + image positions            V  text vocabulary
+    C  hidden_size of the language model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that carries no loss (the value PyTorch's cross entropy ignores)."""
+
+Message = Mapping[str, Any]
+"""One turn: ``{"role": "user" | "assistant" | "system", "content": [part, ...]}`` where a part is
+``{"type": "image"}`` or ``{"type": "text", "text": str}``."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation about its pictures.
+
+    Attributes:
+        id: unique within its source.
+        messages: turns in order; the i-th ``{"type": "image"}`` part stands for ``images[i]``.
+        images: pictures of any mode and size, opened (``ett.images.load_image``).
+        metadata: facts for evaluation (split, style, group ...), never shown to the model.
+    """
+
+    id: str
+    messages: Sequence[Message]
+    images: Sequence[PIL.Image.Image]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """A collated batch; T is its longest sequence, shorter ones are padded.
+
+    Attributes:
+        pixel_values: float32[I, 3, H, W] in [-1, 1], images in reading order over the batch.
+        input_ids: int64[B, T].
+        attention_mask: int64[B, T], 1 where a position is real, 0 where it is padding.
+        labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken.
+        ids: the examples' ids, B of them.
+    """
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    ids: list[str]
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch with every tensor on `device` (non-blocking)."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions that carry caption loss (the first position of a row never does)."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantizer returns, whatever its settings.
+
+    Attributes:
+        embeddings: float[B, D, h, w], codebook embeddings; differentiable with respect to the
+            features and the codebook.
+        indices: int64[B, h, w] in [0, K).
+        quantization_loss: float[], commitment and codebook terms (ETT eq. 1, L_quant), >= 0.
+        entropy_loss: float[], L_entropy in nats, in [-log K, log K]; 0 where the quantizer
+            was told not to compute it.
+        usage: float[K], expected count of each code in this batch under the index softmax used for
+            the entropy term, detached; the hard counts where the term is off.
+    """
+
+    embeddings: Tensor
+    indices: Tensor
+    quantization_loss: Tensor
+    entropy_loss: Tensor
+    usage: Tensor
