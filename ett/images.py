@@ -46,8 +46,8 @@ WHITE: Rgb = (255, 255, 255)
 
 # What Pillow 13 raises for damaged files. 300,000 flips and truncations over every format above showed the bomb error,
 # OSError (UnidentifiedImageError among them), SyntaxError, ValueError, RuntimeError (AVIF), AttributeError (AVIF with a
-# broken EXIF block) and TypeError (TIFF directories). The others stand in the sources of its readers and decoders on paths
-# that the flips did not reach; ImportError is for a build of Pillow without the library that a kind of file needs.
+# broken EXIF block) and TypeError (TIFF directories). The others stand in the sources of its readers and decoders on
+# paths that the flips did not reach; ImportError is for a build of Pillow without the library that a file needs.
 _DECODER_ERRORS = (
     PIL.Image.DecompressionBombError,
     PIL.Image.DecompressionBombWarning,
@@ -176,9 +176,9 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
         raise DataError(f"{path} does not exist. Check the path of the picture.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from error
-    except ValueError as error:  # a null byte in the path
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except ValueError as error:  # a null character in the path
         raise DataError(f"{str(path)!r} is not a path ({error}). Check the path of the picture.") from error
     with file:
         yield file
@@ -189,7 +189,20 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> PIL.Image.Image:
         raise DataError(f"{name} is empty (0 bytes). Restore or remove it.")
     file.seek(0)
     with _quiet_pillow(max_pixels), _refusing(name, max_pixels), PIL.Image.open(file, formats=_formats()) as image:
+        if image.format == "JPEG2000":
+            _refuse_missing_tiles(file, name)
         return _to_rgb(image, name, max_pixels)
+
+
+def _refuse_missing_tiles(file: BinaryIO, name: str) -> None:
+    """JPEG 2000 cut off after its header is a blank picture to the decoder. Whole ones have tile data (from a marker
+    ff93) and behind it the end marker ffd9, two bytes that the data themselves cannot contain."""
+    position = file.tell()
+    file.seek(0)
+    _, tile, rest = file.read().partition(b"\xff\x93")
+    file.seek(position)
+    if not tile or b"\xff\xd9" not in rest:
+        raise DataError(f"{name} is damaged: its JPEG 2000 data ends early. Replace or remove it.")
 
 
 @contextmanager

@@ -1,0 +1,226 @@
+"""A weighted mixture of sources in an order that is a pure function of (seed, draw number).
+
+Draw n of a run is always the same example, whatever worker, process or resumed run asks for it, so the state of the loader
+is one number: how many draws were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from ett.config import require
+from ett.data.sources import Source
+from ett.errors import DataError, RecipeError, UserError
+from ett.model.processing import Encoded, EttProcessor
+from ett.types import Example
+
+BLOCK = 1000
+"""Draws within which every source gets exactly its share."""
+
+SourceName = Literal["names", "questions", "drawn_text", "manifest"]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One ingredient of a mixture.
+
+    Attributes:
+        source: "names" and "questions" (built-in artwork), "drawn_text" (built-in), "manifest" (a JSONL file).
+        weight: share relative to the other sources', > 0.
+        split: of a built-in source.
+        path: of the manifest, relative to the working directory.
+        limit: use only the first so many examples; null uses all.
+        difficulty: of drawn text, in [0, 1].
+        kinds: of drawn text, among "word", "number", "letters".
+        spelled: drawn text's answer letter by letter ("c a t").
+        size: side of drawn pictures [pixels].
+        seed: of drawn text.
+    """
+
+    source: SourceName
+    weight: float = 1.0
+    split: str = "train"
+    path: str | None = None
+    limit: int | None = None
+    difficulty: float = 0.5
+    kinds: tuple[Literal["word", "number", "letters"], ...] = ("word", "number", "letters")
+    spelled: bool = False
+    size: int = 96
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, "weight", self.weight, "above 0")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null")
+        require(0 <= self.difficulty <= 1, "difficulty", self.difficulty, "in [0, 1]")
+        require(len(self.kinds) >= 1, "kinds", self.kinds, "a non-empty list")
+        require(self.size >= 16, "size", self.size, "at least 16")
+        if (self.path is None) == (self.source == "manifest"):
+            raise RecipeError(
+                "A manifest source needs a path; built-in sources have none. "
+                f"Got source = {self.source!r}, path = {self.path!r}."
+            )
+
+    def with_split(self, split: str) -> Source:
+        """The source itself, for another split."""
+        from ett.data.artwork import ArtworkNames, ArtworkQuestions
+        from ett.data.drawn_text import DrawnText
+        from ett.data.manifest import Manifest
+
+        if self.source == "manifest":
+            assert self.path is not None
+            return Manifest(self.path, limit=self.limit)
+        if self.source == "drawn_text":
+            return Limited.of(
+                DrawnText(
+                    split,
+                    size=self.size,
+                    difficulty=self.difficulty,
+                    kinds=self.kinds,
+                    spelled=self.spelled,
+                    seed=self.seed,
+                ),
+                self.limit,
+            )
+        return Limited.of(ArtworkNames(split) if self.source == "names" else ArtworkQuestions(split), self.limit)
+
+    def build(self) -> Source:
+        """The source for this configuration's own split."""
+        return self.with_split(self.split)
+
+
+class Limited(Source):
+    """The first `limit` examples of a source."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self.name = source.name
+        self._source = source
+        self._length = min(limit, len(source))
+
+    @staticmethod
+    def of(source: Source, limit: int | None) -> Source:
+        return source if limit is None else Limited(source, limit)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        return self._source[index]
+
+
+class Mixture:
+    """Draw number n -> example.
+
+    Each block of `BLOCK` draws holds every source in its exact share, in an order shuffled by the seed; each source is
+    walked epoch by epoch, every epoch a new permutation.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int) -> None:
+        if not sources or len(sources) != len(weights):
+            raise RecipeError("A mixture needs at least one source, and a weight for each.")
+        for source in sources:
+            if len(source) == 0:
+                raise DataError(f"The source {source.name!r} holds no examples.")
+        self.sources = list(sources)
+        self.counts = _apportion(weights, BLOCK)
+        self.seed = seed
+        self._block_order = lru_cache(maxsize=4)(self._shuffled_block)
+        self._permutation = lru_cache(maxsize=2 * len(self.sources))(self._shuffled_source)
+
+    def __getitem__(self, draw: int) -> Example:
+        """Example of draw number `draw` >= 0."""
+        source, index = self.locate(draw)
+        return self.sources[source][index]
+
+    def locate(self, draw: int) -> tuple[int, int]:
+        """(which source, which of its examples) of draw number `draw`."""
+        block, position = divmod(draw, BLOCK)
+        owners, ranks = self._block_order(block)
+        source = int(owners[position])
+        turn = block * self.counts[source] + int(ranks[position])
+        epoch, step = divmod(turn, len(self.sources[source]))
+        return source, int(self._permutation(source, epoch)[step])
+
+    def _shuffled_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source of each draw, how many draws of that source came before it in the block), int64[BLOCK] each."""
+        owners = np.repeat(np.arange(len(self.sources)), self.counts)
+        np.random.default_rng([self.seed, 0, block]).shuffle(owners)
+        ranks = np.zeros_like(owners)
+        for source in range(len(self.sources)):
+            mine = owners == source
+            ranks[mine] = np.arange(int(mine.sum()))
+        return owners, ranks
+
+    def _shuffled_source(self, source: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 1, source, epoch]).permutation(len(self.sources[source]))
+
+    def __getstate__(self) -> dict[str, object]:
+        # caches hold bound methods; a worker makes its own
+        return {"sources": self.sources, "counts": self.counts, "seed": self.seed}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._block_order = lru_cache(maxsize=4)(self._shuffled_block)
+        self._permutation = lru_cache(maxsize=2 * len(self.sources))(self._shuffled_source)
+
+
+def build_mixture(configs: Sequence[SourceConfig], seed: int) -> Mixture:
+    """The mixture that a recipe describes; everything that can be checked without decoding pictures is checked here."""
+    return Mixture([config.build() for config in configs], [config.weight for config in configs], seed)
+
+
+class EncodedDraws(Dataset[Encoded | UserError]):
+    """Draw number -> encoded example, for a `DataLoader`. An unusable example is returned as its error: raised in a worker,
+    it would reach the user wrapped in the worker's stack trace."""
+
+    def __init__(self, mixture: Mixture, processor: EttProcessor, max_length: int | None) -> None:
+        self.mixture, self.processor, self.max_length = mixture, processor, max_length
+
+    def __getitem__(self, draw: int) -> Encoded | UserError:
+        try:
+            return self.processor.encode(self.mixture[draw], self.max_length)
+        except UserError as error:
+            return error
+
+
+class DrawSampler(Sampler[list[int]]):
+    """The draw numbers of this rank's micro-batches, from step `start` to `stop`.
+
+    Step s of the whole job makes draws ``[s * global_batch, (s + 1) * global_batch)``; its micro-batches are dealt to the
+    ranks in order, ``accumulation`` of them to each.
+    """
+
+    def __init__(
+        self, start: int, stop: int, micro_batch: int, accumulation: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.start, self.stop = start, stop
+        self.micro_batch, self.accumulation = micro_batch, accumulation
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_step = self.micro_batch * self.accumulation * self.world_size
+        for step in range(self.start, self.stop):
+            for turn in range(self.accumulation):
+                first = step * per_step + (turn * self.world_size + self.rank) * self.micro_batch
+                yield list(range(first, first + self.micro_batch))
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulation
+
+
+def _apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Whole shares of `total` in proportion to `weights`, each at least 1 (largest remainders)."""
+    share = np.asarray(weights, dtype=np.float64) / sum(weights) * total
+    counts = np.maximum(np.floor(share).astype(int), 1)
+    while counts.sum() < total:
+        counts[int(np.argmax(share - counts))] += 1
+    while counts.sum() > total:
+        counts[int(np.argmax(counts))] -= 1
+    return [int(count) for count in counts]
