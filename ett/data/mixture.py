@@ -15,6 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from ett.config import require
+from ett.data.manifest import Manifest
 from ett.data.sources import Source
 from ett.errors import DataError, RecipeError, UserError
 from ett.model.processing import Encoded, EttProcessor
@@ -68,13 +69,12 @@ class SourceConfig:
 
     def with_split(self, split: str) -> Source:
         """The source itself, for another split."""
-        from ett.data.artwork import ArtworkNames, ArtworkQuestions
-        from ett.data.drawn_text import DrawnText
-        from ett.data.manifest import Manifest
-
         if self.source == "manifest":
             assert self.path is not None
             return Manifest(self.path, limit=self.limit)
+        from ett.data.artwork import ArtworkNames, ArtworkQuestions
+        from ett.data.drawn_text import DrawnText
+
         if self.source == "drawn_text":
             return Limited.of(
                 DrawnText(

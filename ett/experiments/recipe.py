@@ -1,0 +1,177 @@
+"""Recipes: one YAML file says what a run is. Strict keys, dotted overrides, a resolved copy beside the results."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ett.config import from_mapping, require, to_mapping
+from ett.data.mixture import SourceConfig
+from ett.errors import RecipeError
+from ett.model.build import ModelSpec
+from ett.train.stages import StageConfig
+
+SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
+"""Recipes that come with the package; a recipe is looked up here when no such file is at hand."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What a run measures.
+
+    Attributes:
+        data: sources; null takes the recipe's.
+        split: of built-in sources, during and after training ("heldout" is for final figures).
+        limit: examples of each source, >= 1; validation during training draws this many in all.
+    """
+
+    data: tuple[SourceConfig, ...] | None = None
+    split: str = "validation"
+    limit: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.limit >= 1, "limit", self.limit, "at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run: a model, its data and the stages it goes through, in order.
+
+    Attributes:
+        name: used for the default output folder, ``runs/<name>``.
+        model: parts and shapes.
+        stages: at least one; stages of a kind are told apart by their position.
+        data: the mixture of every stage that names none of its own.
+        evaluation: validation during training, and the figures of the report.
+        seed: of weights, order of data and dropout.
+        mixed_precision: "bf16" computes the language model in bfloat16 over float32 master weights; "no" in float32.
+        num_workers: loader processes per rank.
+        trackers: names that Accelerate knows ("tensorboard", "wandb", ...); empty for none.
+    """
+
+    name: str
+    model: ModelSpec
+    stages: tuple[StageConfig, ...]
+    data: tuple[SourceConfig, ...]
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    num_workers: int = 1
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and "/" not in self.name, "name", self.name, "a name that can be a folder's")
+        require(len(self.stages) >= 1, "stages", self.stages, "a non-empty list")
+        require(len(self.data) >= 1, "data", self.data, "a non-empty list of sources")
+        require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        kinds = [stage.stage for stage in self.stages]
+        if "tokenizer" in kinds[1:]:
+            raise RecipeError("The tokenizer stage trains the vision tokenizer alone, so it can only come first.")
+        if any(kind != "tokenizer" for kind in kinds) and self.model.language_model is None and self.model.init is None:
+            raise RecipeError(
+                f"The stages {', '.join(kinds)} train through a language model: set model.language_model (or model.init)."
+            )
+
+    @property
+    def stage_names(self) -> list[str]:
+        """A unique name for each stage: its kind, numbered where a kind comes again ("chat", "chat-2")."""
+        names: list[str] = []
+        for stage in self.stages:
+            earlier = sum(name.split("-")[0] == stage.stage for name in names)
+            names.append(stage.stage if earlier == 0 else f"{stage.stage}-{earlier + 1}")
+        return names
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file, or the name of a shipped recipe ("quickstart").
+        overrides: ``key=value`` with a dotted key; list entries by number or, for stages, by name
+            (``stages.semantic.steps=10``). Values are YAML.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key (nearest match named) or an impossible value.
+    """
+    file = find_recipe(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        given = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file} is not UTF-8 text (byte {error.start}).") from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where is not None else ""
+        raise RecipeError(f"{file}{line} is not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{file} must hold a mapping of names to values; it holds {type(given).__name__}.")
+    values = dict(given)
+    for override in overrides:
+        _override(values, override)
+    return from_mapping(Recipe, values)
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file at `path`, or the shipped recipe of that name."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = SHIPPED / f"{file.stem}.yaml"
+    if str(path) == file.stem and shipped.is_file():
+        return shipped
+    known = sorted(recipe.stem for recipe in SHIPPED.glob("*.yaml"))
+    close = difflib.get_close_matches(file.stem, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise RecipeError(f"There is no recipe {str(path)!r}.{hint} Give a YAML file or a shipped one: {', '.join(known)}.")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every value, defaults included. Reading it back gives an equal recipe."""
+    return yaml.safe_dump(to_mapping(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"The override {override!r} is not of the form key=value, for example model.image_size=128.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The value in {override!r} is not valid YAML.") from error
+    node: Any = values
+    steps = key.split(".")
+    for i, step in enumerate(steps):
+        last = i == len(steps) - 1
+        path = ".".join(steps[: i + 1])
+        if isinstance(node, list):
+            position = _position(node, step, path)
+            if last:
+                node[position] = value
+            else:
+                node = node[position]
+        elif isinstance(node, dict):
+            if last:
+                node[step] = value
+            else:
+                # a section that the recipe leaves out entirely starts empty; its keys are checked with the rest
+                if node.get(step) is None:
+                    node[step] = {}
+                node = node[step]
+        else:
+            raise RecipeError(f"The override {override!r} leads into {'.'.join(steps[:i])}, which is a plain value.")
+
+
+def _position(entries: list[Any], step: str, path: str) -> int:
+    if step.isdigit() and int(step) < len(entries):
+        return int(step)
+    names = [entry.get("stage", entry.get("source")) if isinstance(entry, dict) else None for entry in entries]
+    if names.count(step) == 1:
+        return names.index(step)
+    allowed = ", ".join([f"0 to {len(entries) - 1}", *(str(name) for name in names if name)])
+    raise RecipeError(f"{path} names no entry of that list. Allowed: {allowed}.")

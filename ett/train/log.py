@@ -1,0 +1,101 @@
+"""What a run says: one JSON line an event, trackers through Accelerate, and plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+LOG_NAME = "log.jsonl"
+LINE_SECONDS = 15.0
+
+
+class Tracker(Protocol):
+    """The part of `accelerate.Accelerator` that this needs."""
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None: ...
+
+
+class RunLog:
+    """Appends to ``log.jsonl`` and mirrors numbers to trackers.
+
+    Events: ``step`` (losses unweighted by name, gradient norm, learning rates, images_per_second), ``validation`` (the same
+    names), ``reach`` (gradient norms of the caption loss by part). Each carries stage, step and seconds since the epoch.
+    """
+
+    def __init__(self, directory: Path, tracker: Tracker, main: bool = True, quiet: bool = False) -> None:
+        self.path, self.tracker, self.main = directory / LOG_NAME, tracker, main
+        self.plain = main and not quiet and not sys.stderr.isatty()
+        self._offset = 0
+        self._last_line = 0.0
+        self._started = time.monotonic()
+
+    def forget_after(self, stage_order: Mapping[str, int], stage: str, step: int) -> None:
+        """Drop events that a resumed run will write again: later steps of `stage`, and later stages."""
+        if not self.main or not self.path.is_file():
+            return
+        position = (stage_order[stage], step)
+        kept = [e for e in read_log(self.path) if (stage_order.get(e["stage"], -1), e["step"]) <= position]
+        work = self.path.with_suffix(".tmp")
+        work.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+        work.replace(self.path)
+
+    def start_stage(self, offset: int) -> None:
+        """Steps of all stages before this one: trackers get one running step."""
+        self._offset = offset
+
+    def step(
+        self,
+        stage: str,
+        step: int,
+        steps: int,
+        losses: Mapping[str, float],
+        grad_norm: float,
+        rates: Mapping[str, float],
+        images_per_second: float,
+    ) -> None:
+        self._write(
+            "step", stage, step, losses=losses, grad_norm=grad_norm, learning_rates=rates, images_per_second=images_per_second
+        )
+        numbers = {**losses, "grad_norm": grad_norm, "images_per_second": images_per_second}
+        self._track({f"{stage}/train/{name}": value for name, value in numbers.items()}, step)
+        now = time.monotonic()
+        if self.plain and (now - self._last_line > LINE_SECONDS or step == steps):
+            self._last_line = now
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            print(f"{stage} {step}/{steps}  {shown}  {images_per_second:.1f} images/s", file=sys.stderr, flush=True)
+
+    def validation(self, stage: str, step: int, losses: Mapping[str, float]) -> None:
+        if not losses:
+            return
+        self._write("validation", stage, step, losses=losses)
+        self._track({f"{stage}/validation/{name}": value for name, value in losses.items()}, step)
+        if self.plain:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            print(f"{stage} {step}  validation: {shown}", file=sys.stderr, flush=True)
+
+    def reach(self, stage: str, norms: Mapping[str, float]) -> None:
+        self._write("reach", stage, 0, caption_gradient_norms=norms)
+
+    def _write(self, event: str, stage: str, step: int, **fields: Any) -> None:
+        if self.main:
+            line = {"event": event, "stage": stage, "step": step, "time": time.time(), **fields}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _track(self, values: dict[str, Any], step: int) -> None:
+        self.tracker.log(values, step=self._offset + step)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The events of a run in order; a line cut short by a crash is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events

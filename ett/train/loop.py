@@ -1,0 +1,374 @@
+"""The training loop, the only one: every stage, every loss, from one process to many."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ett.data.mixture import DrawSampler, EncodedDraws, Mixture
+from ett.errors import DataError, UserError
+from ett.losses.caption import supervised_columns
+from ett.losses.joint import LossConfig, tokenizer_loss, tokenizer_losses
+from ett.model.ett import EttForConditionalGeneration
+from ett.model.processing import Encoded, EttProcessor
+from ett.tokenizers import VisionTokenizer
+from ett.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from ett.train.log import RunLog
+from ett.train.optim import build_optimizer, set_learning_rates
+from ett.train.stages import StageConfig, caption_reach, check_reach, part_of, set_trainable, train_mode
+from ett.types import Batch
+
+Losses = dict[str, Tensor]
+
+
+class Interrupted(Exception):
+    """The stage was stopped by a signal, after saving.
+
+    Attributes:
+        step: finished steps. signal_number: what stopped it.
+    """
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(f"interrupted after step {step}")
+        self.step, self.signal_number = step, signal_number
+
+
+class NonFiniteLoss(UserError):
+    """A loss became NaN or infinite; training stopped before the step was taken."""
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a stage reads.
+
+    Attributes:
+        mixture: training examples by draw number.
+        validation: fixed examples for validation, possibly none.
+        processor: turns examples into tensors.
+        num_workers: processes that decode and encode; 0 does it in the loop.
+    """
+
+    mixture: Mixture
+    validation: Sequence[Encoded]
+    processor: EttProcessor
+    num_workers: int
+
+
+class TokenizerObjective(nn.Module):
+    """L_vq of a batch's pictures: stage 0, where there is no language model."""
+
+    def __init__(self, vision_tokenizer: VisionTokenizer) -> None:
+        super().__init__()
+        self.vision_tokenizer = vision_tokenizer
+
+    def forward(self, pixel_values: Tensor, loss_config: LossConfig) -> tuple[Tensor, Losses]:
+        """(loss float[], terms by name) of float[I, 3, H, W] in [-1, 1]."""
+        reconstruction, quantized = self.vision_tokenizer(pixel_values, entropy=loss_config.entropy_weight > 0)
+        losses = tokenizer_losses(pixel_values, reconstruction, quantized, loss_config)
+        return tokenizer_loss(losses, loss_config), losses
+
+
+class JointObjective(nn.Module):
+    """L_cap + alpha * L_vq of a batch: every stage that has a language model."""
+
+    def __init__(self, model: EttForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, loss_config: LossConfig, num_supervised: float) -> tuple[Tensor, Losses]:
+        """(loss float[], terms by name); the head runs on supervised positions alone."""
+        output = self.model(
+            input_ids=batch.input_ids,
+            pixel_values=batch.pixel_values,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            logits_to_keep=supervised_columns(batch.labels),
+            num_items_in_batch=num_supervised,
+            loss_config=loss_config,
+            use_cache=False,
+        )
+        assert output.loss is not None
+        assert output.losses is not None
+        return output.loss, output.losses
+
+
+class Stage:
+    """One stage from its first step, or from its last checkpoint, to its end."""
+
+    def __init__(
+        self,
+        config: StageConfig,
+        name: str,
+        model: EttForConditionalGeneration | VisionTokenizer,
+        data: StageData,
+        accelerator: Accelerator,
+        log: RunLog,
+        checkpoints: Path,
+    ) -> None:
+        self.config, self.name, self.data, self.log = config, name, data, log
+        self.accelerator, self.checkpoints = accelerator, checkpoints
+        self.model = model.to(accelerator.device)
+        self.losses = config.loss_config
+        objective: nn.Module
+        if isinstance(model, VisionTokenizer):
+            model.requires_grad_(True).train()
+            objective = TokenizerObjective(model)
+            parts: dict[str, nn.Module] = {"vision_tokenizer": model}
+        else:
+            set_trainable(model, config.parts)
+            train_mode(model, config.parts)
+            if config.gradient_checkpointing:
+                model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            objective = JointObjective(model)
+            parts = _modules_by_part(model)
+        self.micro_batch, self.accumulation = _micro_batches(config, accelerator.num_processes)
+        self.optimizer = build_optimizer(parts, config.optimizer)
+        self.step = 0
+        self.objective, self.optimizer = accelerator.prepare(objective, self.optimizer)
+
+    def resume(self) -> None:
+        """Continue from this stage's newest checkpoint, if there is one."""
+        found = list_checkpoints(self.checkpoints, self.name)
+        if found:
+            load_checkpoint(found[-1], self.model, self.optimizer.optimizer)
+            self.step = found[-1].step
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps finished so far."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.checkpoints, self.name, self.step, self.model, self.optimizer.optimizer)
+        self.accelerator.wait_for_everyone()
+
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was saved.
+            NonFiniteLoss: a loss became NaN or infinite.
+        """
+        config = self.config
+        bar = tqdm(
+            total=config.steps, initial=self.step, desc=self.name, unit="step", disable=None, dynamic_ncols=True, leave=True
+        )
+        with _signals() as received, bar:
+            batches = self._batches()
+            started, seen = time.monotonic(), 0
+            for micro_batches in batches:
+                if self.step == 0 and isinstance(self.model, EttForConditionalGeneration):
+                    self._check_freezing(micro_batches[0])
+                losses, norm = self._train_step(micro_batches)
+                self.step += 1
+                seen += config.batch_size
+                bar.update()
+                last = self.step == config.steps
+                if self.step % config.log_every == 0 or last or self.step == 1:
+                    values = {name: float(value) for name, value in losses.items()}
+                    rate = seen / (time.monotonic() - started)
+                    self.log.step(self.name, self.step, config.steps, values, norm, self._rates(), rate)
+                    bar.set_postfix_str(_postfix(values, rate))
+                if last or (config.validate_every and self.step % config.validate_every == 0):
+                    self.log.validation(self.name, self.step, self.validate())
+                if self._stop_requested(received):
+                    self.save()
+                    raise Interrupted(self.step, received[0] if received else signal.SIGTERM)
+                if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not last:
+                    self.save()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Every loss term on the validation examples, by the names used in training; random states are left alone."""
+        if not self.data.validation:
+            return {}
+        self.objective.eval()
+        totals: dict[str, float] = {}
+        weight = 0.0
+        size = self.micro_batch
+        for start in range(0, len(self.data.validation), size):
+            batch = self._collate(list(self.data.validation[start : start + size]))
+            tokens = float(max(1, batch.num_supervised))
+            loss, losses = self._objective(batch, tokens)
+            for name, value in {"loss": loss, **losses}.items():
+                totals[name] = totals.get(name, 0.0) + float(value) * tokens
+            weight += tokens
+        if isinstance(self.model, VisionTokenizer):
+            self.model.train()
+        else:
+            train_mode(self.model, self.config.parts)
+        return {name: value / weight for name, value in totals.items()}
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _train_step(self, micro_batches: list[Batch]) -> tuple[Losses, float]:
+        """(terms averaged over the step, gradient norm before clipping)."""
+        world = self.accelerator.num_processes
+        supervised = sum(batch.num_supervised for batch in micro_batches)
+        if world > 1:
+            supervised = int(self.accelerator.reduce(torch.tensor(supervised, device=self.accelerator.device)))
+        # losses of micro-batches are added and gradients of ranks averaged, so each token of the step weighs the same
+        divisor = max(1, supervised) / world
+        totals: Losses = {}
+        for i, batch in enumerate(micro_batches):
+            synced = i == len(micro_batches) - 1
+            with nullcontext() if synced else self.accelerator.no_sync(self.objective):
+                loss, losses = self._objective(batch, divisor)
+                self.accelerator.backward(loss)
+            for name, value in {"loss": loss, **losses}.items():
+                share = 1.0 if name in ("loss", "caption_loss") else 1.0 / len(micro_batches)
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() * share
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.optimizer.max_grad_norm or math.inf)
+        norm_value = float(norm) if norm is not None else 0.0
+        if not math.isfinite(norm_value):
+            self._refuse(totals, norm_value)
+        set_learning_rates(self.optimizer.optimizer, self.config.optimizer, self.step, self.config.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if world > 1:
+            totals = {name: self.accelerator.reduce(value, reduction="mean") for name, value in totals.items()}
+        return totals, norm_value
+
+    def _objective(self, batch: Batch, num_supervised: float) -> tuple[Tensor, Losses]:
+        if isinstance(self.model, VisionTokenizer):
+            loss, losses = self.objective(batch.pixel_values, self.losses)
+            return loss / self.accumulation if self.objective.training else loss, losses
+        output: tuple[Tensor, Losses] = self.objective(batch, self.losses, num_supervised)
+        return output
+
+    def _refuse(self, losses: Losses, norm: float) -> None:
+        shown = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+        raise NonFiniteLoss(
+            f"Stage {self.name}, step {self.step + 1}: the gradient norm is {norm} ({shown}). The step was not taken. Lower "
+            "optimizer.learning_rate or optimizer.max_grad_norm, then continue from the last checkpoint with --resume."
+        )
+
+    def _rates(self) -> dict[str, float]:
+        return {str(group["part"]): float(group["lr"]) for group in self.optimizer.param_groups}
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each remaining step."""
+        sampler = DrawSampler(
+            self.step,
+            self.config.steps,
+            self.micro_batch,
+            self.accumulation,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        loader: DataLoader[Any] = DataLoader(
+            EncodedDraws(self.data.mixture, self.data.processor, self.config.max_length),
+            batch_sampler=sampler,
+            collate_fn=_Collate(self.data.processor),
+            num_workers=self.data.num_workers,
+            # its own generator: a loader otherwise draws its workers' seed from the state that training resumes
+            generator=torch.Generator(),
+        )
+        gathered: list[Batch] = []
+        for item in loader:
+            if isinstance(item, UserError):
+                raise item
+            gathered.append(item.to(self.accelerator.device))
+            if len(gathered) == self.accumulation:
+                yield gathered
+                gathered = []
+
+    def _collate(self, items: Sequence[Encoded]) -> Batch:
+        return self.data.processor.collate(items).to(self.accelerator.device)
+
+    def _check_freezing(self, batch: Batch) -> None:
+        assert isinstance(self.model, EttForConditionalGeneration)
+        with self.accelerator.autocast():
+            reach = caption_reach(self.model, batch, self.losses)
+        check_reach(reach, self.config, self.model.config.visual_input)
+        self.log.reach(self.name, reach.norms)
+
+    def _stop_requested(self, received: list[int]) -> bool:
+        if self.accelerator.num_processes == 1:
+            return bool(received)
+        flag = torch.tensor(float(bool(received)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag) > 0)
+
+
+class _Collate:
+    """Collates in the worker; an unusable example passes through as its error."""
+
+    def __init__(self, processor: EttProcessor) -> None:
+        self.processor = processor
+
+    def __call__(self, items: list[Encoded | UserError]) -> Batch | UserError:
+        encoded = []
+        for item in items:
+            if isinstance(item, UserError):
+                return item
+            encoded.append(item)
+        return self.processor.collate(encoded)
+
+
+def encode_all(mixture: Mixture, count: int, processor: EttProcessor, max_length: int | None) -> list[Encoded]:
+    """The first `count` draws, encoded; a fixed set for validation."""
+    return [processor.encode(mixture[draw], max_length) for draw in range(count)]
+
+
+def _modules_by_part(model: EttForConditionalGeneration) -> Mapping[str, nn.Module] | dict[str, nn.Module]:
+    projector = [model.projector] if model.index_embedding is None else [model.projector, model.index_embedding]
+    parts = {
+        "vision_tokenizer": model.vision_tokenizer,
+        "projector": nn.ModuleList(projector),
+        "language_model": model.language_model,
+    }
+    assert {part_of(name) for name, _ in model.named_parameters()} == set(parts)
+    return parts
+
+
+def _micro_batches(config: StageConfig, world_size: int) -> tuple[int, int]:
+    """(examples per forward on one rank, forwards per step)."""
+    micro = config.micro_batch_size or config.batch_size // world_size
+    if micro < 1 or config.batch_size % (micro * world_size):
+        raise DataError(
+            f"batch_size = {config.batch_size} does not divide into micro-batches of {micro} on {world_size} processes. Choose "
+            "batch_size as a multiple of micro_batch_size times the number of processes."
+        )
+    return micro, config.batch_size // (micro * world_size)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying from the first; a second one takes the usual way."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    previous: dict[int, Callable[..., Any] | int | None] = {}
+    try:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            previous[each] = signal.signal(each, note)
+    except ValueError:
+        # not the main thread: whoever runs us there handles signals
+        previous.clear()
+    try:
+        yield received
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+def _postfix(values: Mapping[str, float], rate: float) -> str:
+    short = {"loss": "loss", "caption_loss": "cap", "reconstruction_loss": "rec", "quantization_loss": "quant"}
+    shown = [f"{label} {values[name]:.3f}" for name, label in short.items() if name in values]
+    return ", ".join([*shown, f"{rate:.1f} img/s"])

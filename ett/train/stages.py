@@ -1,0 +1,186 @@
+"""The stages of the paper (METHOD section 4): what each trains, on which loss, and the proof that the rest stays still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ett.config import require
+from ett.data.mixture import SourceConfig
+from ett.errors import RecipeError
+from ett.losses.caption import supervised_columns
+from ett.losses.joint import LossConfig
+from ett.model.ett import EttForConditionalGeneration
+from ett.model.lora import is_lora_parameter
+from ett.train.optim import OptimizerConfig
+from ett.types import Batch
+
+StageName = Literal["tokenizer", "align", "semantic", "chat"]
+PartName = Literal["vision_tokenizer", "projector", "language_model"]
+PARTS: tuple[PartName, ...] = ("vision_tokenizer", "projector", "language_model")
+
+_TRAINS: dict[str, tuple[PartName, ...]] = {
+    "tokenizer": ("vision_tokenizer",),
+    "align": ("projector",),
+    "semantic": ("vision_tokenizer", "projector", "language_model"),
+    "chat": ("projector", "language_model"),
+}
+_NO_TOKENIZER_LOSS = ("align", "chat")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of a recipe.
+
+    Attributes:
+        stage: "tokenizer" (stage 0, L_vq), "align" (projector, L_cap), "semantic" (everything, L_cap + alpha L_vq) or
+            "chat" (projector and language model, L_cap on instructions).
+        steps: optimizer steps, >= 1.
+        batch_size: examples per step over all ranks and accumulated micro-batches.
+        micro_batch_size: examples per forward on one rank; null takes as many as fit the batch size.
+        optimizer: learning rates and schedule.
+        losses: weights; null takes the stage's: alpha 0 for align and chat, the paper's 0.25 for semantic.
+        trains: parts to train instead of the stage's own, for controls such as a frozen tokenizer.
+        data: mixture; null takes the recipe's.
+        max_length: positions after which a conversation is cut; null keeps all.
+        validate_every: steps between validations; null validates at the end alone.
+        log_every: steps between log lines.
+        checkpoint_every: steps between checkpoints; null saves at the end of the stage and on interruption alone.
+        gradient_checkpointing: trade compute for memory in the language model.
+    """
+
+    stage: StageName
+    steps: int
+    batch_size: int
+    micro_batch_size: int | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    losses: LossConfig | None = None
+    trains: tuple[PartName, ...] | None = None
+    data: tuple[SourceConfig, ...] | None = None
+    max_length: int | None = None
+    validate_every: int | None = None
+    log_every: int = 10
+    checkpoint_every: int | None = 200
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("micro_batch_size", "max_length", "validate_every", "checkpoint_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1, or null")
+        if self.trains is not None:
+            require(len(self.trains) >= 1, "trains", self.trains, "a non-empty list of parts")
+            if self.stage == "tokenizer" and self.trains != ("vision_tokenizer",):
+                raise RecipeError("The tokenizer stage trains the vision tokenizer and nothing else; leave `trains` out.")
+        if self.data is not None:
+            require(len(self.data) >= 1, "data", self.data, "a non-empty list of sources")
+
+    @property
+    def parts(self) -> tuple[PartName, ...]:
+        """The parts that this stage trains."""
+        return self.trains if self.trains is not None else _TRAINS[self.stage]
+
+    @property
+    def loss_config(self) -> LossConfig:
+        """The weights in force."""
+        if self.losses is not None:
+            return self.losses
+        return replace(LossConfig(), tokenizer_weight=0.0) if self.stage in _NO_TOKENIZER_LOSS else LossConfig()
+
+
+def part_of(name: str) -> PartName:
+    """The part that a parameter of this dotted name belongs to. The index table is the projector's input, so goes with it."""
+    top = name.split(".", 1)[0]
+    if top == "vision_tokenizer":
+        return "vision_tokenizer"
+    return "language_model" if top == "language_model" else "projector"
+
+
+def set_trainable(model: EttForConditionalGeneration, parts: Sequence[PartName]) -> None:
+    """Train `parts` and nothing else; of a language model with adapters, the adapters alone."""
+    has_lora = model.config.lora is not None
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        trainable = part in parts
+        if part == "language_model" and has_lora:
+            trainable = trainable and is_lora_parameter(name)
+        parameter.requires_grad_(trainable)
+    _check_trainable(model, parts)
+
+
+def _check_trainable(model: nn.Module, parts: Sequence[PartName]) -> None:
+    found = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert found == set(parts), f"declared {sorted(parts)}, but {sorted(found)} would train"
+
+
+def train_mode(model: EttForConditionalGeneration, parts: Sequence[PartName]) -> None:
+    """Training mode for the parts that train; frozen parts stay in evaluation mode (no dropout, no rank statistics)."""
+    model.train()
+    model.vision_tokenizer.train("vision_tokenizer" in parts)
+    model.language_model.train("language_model" in parts)
+    model.projector.train("projector" in parts)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Norm of the gradient of one loss at each probe; 0 where it does not reach."""
+
+    norms: dict[str, float] = field(default_factory=dict)
+
+
+def _probes(model: EttForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
+    """One parameter for each place that METHOD section 4 speaks of."""
+    yield "encoder", model.vision_tokenizer.encoder_output
+    yield "codebook", next(model.vision_tokenizer.quantize.parameters())
+    yield "projector", next(model.projector.parameters())
+    adapters = (p for name, p in model.language_model.named_parameters() if is_lora_parameter(name))
+    yield "language_model", next(adapters, next(model.language_model.parameters()))
+
+
+def caption_reach(model: EttForConditionalGeneration, batch: Batch, losses: LossConfig) -> Reach:
+    """Where the caption loss of `batch` sends gradient: encoder, codebook, projector, language model.
+
+    Model parameters' ``.grad`` are left alone; the model's mode and random state are restored.
+    """
+    random_state = torch.get_rng_state()
+    probes = [(name, tensor) for name, tensor in _probes(model) if tensor.requires_grad]
+    output = model(
+        input_ids=batch.input_ids,
+        pixel_values=batch.pixel_values,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        logits_to_keep=supervised_columns(batch.labels),
+        loss_config=replace(losses, tokenizer_weight=0.0),
+    )
+    grads = torch.autograd.grad(output.losses["caption_loss"], [tensor for _, tensor in probes], allow_unused=True)
+    torch.set_rng_state(random_state)
+    norms = {name: 0.0 for name, _ in _probes(model)}
+    for (name, _), grad in zip(probes, grads, strict=True):
+        norms[name] = 0.0 if grad is None else float(grad.norm())
+    return Reach(norms)
+
+
+def check_reach(reach: Reach, stage: StageConfig, visual_input: str) -> None:
+    """Assert that the caption loss reaches exactly what the stage says it trains.
+
+    Raises:
+        AssertionError: a frozen part receives gradient, or a trained one does not.
+    """
+    through = stage.loss_config.caption_reaches_tokenizer and visual_input == "embedding"
+    tokenizer = "vision_tokenizer" in stage.parts and through
+    expected = {
+        "encoder": tokenizer,
+        "codebook": tokenizer,
+        "projector": "projector" in stage.parts,
+        "language_model": "language_model" in stage.parts,
+    }
+    for name, wanted in expected.items():
+        assert (reach.norms[name] > 0) == wanted, (
+            f"stage {stage.stage}: the caption loss {'does not reach' if wanted else 'reaches'} the {name} "
+            f"(gradient norms {reach.norms})"
+        )
