@@ -1,0 +1,200 @@
+"""The command line: parses, calls, prints. Everything it does is also a function."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ett import __version__
+from ett.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+# A second OpenMP thread that spins at a barrier starves a loader worker, and the worker it: on two cores a training step
+# was measured 40 times slower beside one busy process. Must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Nothing here needs the hub's progress bars or its advice on tokenizers and forks.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 the input is at fault, 130 or 143 stopped by a signal."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    command: Command | None = getattr(arguments, "command", None)
+    if command is None:
+        parser.print_help()
+        return EXIT_USER_ERROR
+    try:
+        return command(arguments)
+    except UserError as error:
+        print(f"ett: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:
+        # the reader of our output went away: nothing left to say, and Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("\nett: stopped.", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its help and an example."""
+    parser = argparse.ArgumentParser(
+        prog="ett", description="End-to-end vision tokenizer tuning: train a vision tokenizer through a language model."
+    )
+    parser.add_argument("--version", action="version", version=f"ett {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def add(name: str, command: Command, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=command)
+        return sub
+
+    sub = add("train", _train, "train the stages of a recipe", "ett train quickstart stages.semantic.steps=50 --out runs/mine")
+    sub.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    sub.add_argument("overrides", metavar="key=value", nargs="*", help="dotted override, for example model.image_size=96")
+    _add_run_options(sub)
+
+    sub = add("demo", _demo, "the quickstart recipe, evaluated and reported", "ett demo --out runs/demo")
+    sub.add_argument("overrides", metavar="key=value", nargs="*", help="dotted override of the quickstart recipe")
+    _add_run_options(sub)
+
+    sub = add(
+        "evaluate", _evaluate, "measure a model on built-in data or a manifest", "ett evaluate runs/demo --json figures.json"
+    )
+    _add_model(sub)
+    sub.add_argument("--tasks", metavar="NAMES", help="comma-separated: loss, answers, naming, reconstruction")
+    sub.add_argument("--data", metavar="MANIFEST.jsonl", type=Path, help="your own pictures (docs/data.md)")
+    sub.add_argument("--split", default="validation", help="split of the built-in data, or heldout for all final ones")
+    sub.add_argument("--limit", type=_positive, help="examples of each source")
+    sub.add_argument("--batch-size", type=_positive, default=16)
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write metrics and predictions")
+
+    sub = add("chat", _chat, "ask a model about a picture", 'ett chat runs/demo cat.png "What is this?"')
+    _add_model(sub)
+    sub.add_argument("image", metavar="IMAGE", type=Path)
+    sub.add_argument("question", nargs="?", help="left out: the model describes the picture")
+    sub.add_argument("--max-new-tokens", type=_positive, default=128)
+
+    sub = add(
+        "reconstruct",
+        _reconstruct,
+        "pictures through the tokenizer and back",
+        "ett reconstruct runs/demo a.png b.jpg --out reconstructions",
+    )
+    _add_model(sub)
+    sub.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
+    sub.add_argument("--out", metavar="DIR", type=Path, required=True)
+    sub.add_argument("--size", type=_positive, help="side that pictures are fitted to [pixels]; default: the model's own")
+    sub.add_argument("--compare", action="store_true", help="also write original and reconstruction side by side")
+
+    sub = add("tokenize", _tokenize, "a picture's codebook indices", "ett tokenize runs/demo cat.png --json")
+    _add_model(sub)
+    sub.add_argument("image", metavar="IMAGE", type=Path)
+    sub.add_argument("--size", type=_positive, help="side that the picture is fitted to [pixels]; default: the model's own")
+    sub.add_argument("--json", action="store_true", help="print one JSON object instead of a grid")
+
+    sub = add("report", _report, "write a run's report.html", "ett report runs/demo")
+    sub.add_argument("run", metavar="RUN", type=Path, help="a folder written by ett train")
+
+    sub = add("prepare", _prepare, "fetch a language model into the cache ahead of time", "ett prepare smollm2")
+    sub.add_argument("name", choices=["smollm2"])
+    return parser
+
+
+def _add_run_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: runs/<recipe name>)")
+    choice = sub.add_mutually_exclusive_group()
+    choice.add_argument("--resume", action="store_true", help="continue what is in the output folder")
+    choice.add_argument("--overwrite", action="store_true", help="delete what is in the output folder first")
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", type=Path, help="a folder written by ett train or save_pretrained")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries' progress bars and load reports out of our output; their warnings and errors stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from ett.experiments.recipe import load_recipe
+    from ett.experiments.run import Interrupted, Run, report_interruption
+
+    _quiet_libraries()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    out = arguments.out or Path("runs") / recipe.name
+    run = Run(recipe, out, resume=arguments.resume, overwrite=arguments.overwrite)
+    try:
+        folder = run.train()
+    except Interrupted as interruption:
+        report_interruption(interruption, [arguments.recipe, *arguments.overrides], out)
+        return 128 + interruption.signal_number
+    print(folder)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from ett.experiments.demo import run_demo
+    from ett.experiments.run import Interrupted, report_interruption
+
+    _quiet_libraries()
+    out = arguments.out or Path("runs") / "demo"
+    try:
+        report = run_demo(out, arguments.overrides, resume=arguments.resume, overwrite=arguments.overwrite)
+    except Interrupted as interruption:
+        report_interruption(interruption, ["quickstart", *arguments.overrides], out, command="demo")
+        return 128 + interruption.signal_number
+    print(report)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ett.evaluate.report import write_report
+
+    print(write_report(arguments.run))
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from ett.model.smollm2 import prepare_smollm2
+
+    assert arguments.name == "smollm2"
+    _quiet_libraries()
+    print(prepare_smollm2())
+    return 0
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, ensure_ascii=False)
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
