@@ -16,8 +16,9 @@ from ett.errors import RecipeError
 from ett.model.build import ModelSpec
 from ett.train.stages import StageConfig
 
-SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
-"""Recipes that come with the package; a recipe is looked up here when no such file is at hand."""
+_PACKAGE = Path(__file__).resolve().parents[1]
+SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
+"""Recipes that come with the package (inside the wheel, or beside the package in a clone)."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ path. The folder appears whole or not at all.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,15 +22,15 @@ from accelerate import Accelerator
 from torch import nn
 
 from ett.data.mixture import Mixture, SourceConfig, build_mixture
-from ett.errors import ModelError, RecipeError, UserError
+from ett.errors import ModelError, RecipeError
 from ett.experiments.recipe import Recipe, dump_recipe, load_recipe
 from ett.model.build import (
     ModelSpec,
     build_model,
     build_processor,
     build_vision_tokenizer,
-    load_model,
 )
+from ett.model.build import load_model as load_saved
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.processing import EttProcessor
 from ett.model.text import byte_tokenizer
@@ -127,7 +128,7 @@ class Run:
         if k == 0 and spec.init is not None:
             return start_from(Path(spec.init), spec, tokenizer_only=is_tokenizer_stage)
         if k > 0 and self.recipe.stages[k - 1].stage != "tokenizer":
-            return load_model(self.stage_folder(k - 1))
+            return load_saved(self.stage_folder(k - 1))
         if k > 0:
             tokenizer = VisionTokenizer.from_pretrained(self.stage_folder(k - 1))
         else:
@@ -217,7 +218,7 @@ def start_from(
     directory: Path, spec: ModelSpec, tokenizer_only: bool = False
 ) -> tuple[EttForConditionalGeneration | VisionTokenizer, EttProcessor]:
     """A saved model as the start of a run, with the recipe's visual input and adapters."""
-    model, processor = load_model(directory)
+    model, processor = load_saved(directory)
     if tokenizer_only:
         tokenizer: VisionTokenizer = model.vision_tokenizer
         return tokenizer, processor
@@ -244,22 +245,35 @@ def resolve_model_folder(path: Path) -> Path:
         return path
     stages = sorted((p for p in (path / "stages").glob("[0-9]*-*")), key=lambda p: int(p.name.split("-")[0]))
     if not stages:
-        raise ModelError(f"The run in {path} has not finished a stage yet. Continue it with `ett train {path / RECIPE_NAME} "
-                         f"--out {path} --resume`.")
+        raise ModelError(
+            f"The run in {path} has not finished a stage yet. Continue it with `ett train {path / RECIPE_NAME} --out {path} "
+            "--resume`."
+        )
     return stages[-1]
 
 
-def report_interruption(error: Interrupted, recipe: str, out: Path) -> None:
-    """Tell how to go on."""
-    print(
-        f"\nStopped after step {error.step}; everything up to there is saved. Continue with:\n"
-        f"  ett train {recipe} --out {out} --resume",
-        file=sys.stderr,
-    )
+def report_interruption(error: Interrupted, words: Sequence[str], out: Path, command: str = "train") -> None:
+    """Tell how to go on: the same command, with ``--resume``."""
+    line = " ".join(["ett", command, *(shlex.quote(word) for word in words), "--out", shlex.quote(str(out)), "--resume"])
+    print(f"\nStopped after step {error.step}; everything up to there is saved. Continue with:\n  {line}", file=sys.stderr)
+
+
+def train(recipe: Recipe, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Run a recipe into the folder `out`; returns the final model's folder (see `Run`)."""
+    return Run(recipe, Path(out), resume=resume, overwrite=overwrite).train()
+
+
+def load_model(path: str | Path) -> tuple[EttForConditionalGeneration, EttProcessor]:
+    """(model in evaluation mode, processor) from a run's folder or a saved model's.
+
+    Raises:
+        ModelError: no model there, a damaged file, or weights of another architecture.
+    """
+    return load_saved(resolve_model_folder(Path(path)))
 
 
 def _stage_seed(seed: int, k: int) -> int:
     return seed * 1_000_003 + k * 1_009
 
 
-__all__ = ["Interrupted", "Run", "UserError", "report_interruption", "resolve_model_folder"]
+__all__ = ["Interrupted", "Run", "load_model", "report_interruption", "resolve_model_folder", "train"]

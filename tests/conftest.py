@@ -1,0 +1,91 @@
+"""Toy parts shared by the tests: everything is built here, nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+TOKENIZER = {
+    "channels": 16,
+    "channel_multipliers": [1, 2, 2],
+    "num_res_blocks": 1,
+    "z_channels": 16,
+    "norm_groups": 8,
+    "codebook_size": 64,
+    "codebook_dim": 8,
+}
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    kind: {
+        "model_type": kind,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 264,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": kind == "qwen2",
+        "bos_token_id": None,
+        "eos_token_id": 256,
+        "pad_token_id": 257,
+    }
+    for kind in ("llama", "qwen2")
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with 12 pictures of different sizes and a manifest of questions and answers about them."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for i in range(12):
+        height, width = 24 + 3 * i, 60 - 2 * i
+        array = rng.integers(0, 255, (height // 6 + 1, width // 6 + 1, 3), dtype=np.uint8)
+        PIL.Image.fromarray(array).resize((width, height)).save(folder / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": f"number {i}"}]
+        lines.append(json.dumps({"id": f"p{i}", "image": f"{i}.png", "conversations": turns}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def toy_recipe(pictures: Path) -> dict[str, Any]:
+    """Every stage, three steps each, on the toy pictures."""
+    return {
+        "name": "toy",
+        "model": {
+            "image_size": 32,
+            "vision_tokenizer": dict(TOKENIZER),
+            "language_model": {"config": dict(LANGUAGE_MODELS["llama"], attention_dropout=0.1)},
+            "projector": {"merge_size": 2},
+        },
+        "data": [{"source": "manifest", "path": str(pictures / "manifest.jsonl")}],
+        "stages": [
+            {"stage": stage, "steps": 3, "batch_size": 4, "micro_batch_size": 2, "checkpoint_every": 1, "log_every": 1}
+            for stage in ("tokenizer", "align", "semantic", "chat")
+        ],
+        "mixed_precision": "no",
+        "num_workers": 0,
+        "trackers": [],
+    }

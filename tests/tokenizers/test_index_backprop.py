@@ -1,0 +1,280 @@
+"""The quantizer against the plain dense form, in float64: values, indices, every gradient."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ett.tokenizers import IndexBackpropagationQuantizer
+from ett.tokenizers import index_backprop as module
+from ett.tokenizers.index_backprop import index_backprop, nearest_logit
+
+
+def dense(query: Tensor, codebook: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """IBQ as the paper writes it, every N x K matrix held: (soft, hard, indices, entropy)."""
+    logits = query @ codebook.T
+    p = logits.softmax(dim=1)
+    indices = logits.argmax(dim=1)
+    onehot = F.one_hot(indices, codebook.shape[0]).to(query.dtype)
+    soft = (onehot - p.detach() + p) @ codebook
+    entropy = logits.new_zeros(())
+    if temperature is not None:
+        p_t = (logits / temperature).softmax(dim=1)
+        mean = p_t.mean(dim=0)
+        tiny = torch.finfo(query.dtype).tiny
+        per_row = -(p_t * (logits / temperature).log_softmax(dim=1)).sum(dim=1)
+        entropy = per_row.mean() + (mean * mean.clamp_min(tiny).log()).sum()
+    return soft, onehot @ codebook, indices, entropy
+
+
+CASES = [
+    # rows, codes, dim, code scale, chunk rows, entropy temperature
+    (1, 2, 1, 1.0, 1, 0.01),
+    (37, 101, 8, 1.0, 5, 0.01),
+    (64, 300, 16, 0.1, 7, 0.01),
+    (13, 5000, 16, 1.0, 4, 0.01),
+    (50, 2000, 8, 3.0, 50, 0.01),
+    (33, 777, 5, 0.02, 32, 0.5),
+    (33, 777, 5, 1.0, 34, 1.0),
+    (20, 129, 4, 1.0, 3, None),
+]
+
+
+@pytest.mark.parametrize(("n", "k", "d", "scale", "rows", "temperature"), CASES)
+def test_equals_the_dense_form(n: int, k: int, d: int, scale: float, rows: int, temperature: float | None) -> None:
+    query = torch.randn(n, d, dtype=torch.float64, requires_grad=True)
+    codebook = (scale * torch.randn(k, d, dtype=torch.float64)).requires_grad_()
+    soft_weight, hard_weight = torch.randn(n, d).double(), torch.randn(n, d).double()
+
+    def total(soft: Tensor, hard: Tensor, entropy: Tensor) -> Tensor:
+        return (soft * soft_weight).sum() + (hard * hard_weight).sum() + 0.7 * entropy
+
+    soft, hard, indices, entropy = dense(query, codebook, temperature)
+    expected = torch.autograd.grad(total(soft, hard, entropy), (query, codebook))
+    found = index_backprop(query, codebook, temperature, chunk_rows=rows)
+    gradients = torch.autograd.grad(total(found.soft, found.hard, found.entropy), (query, codebook))
+
+    assert torch.equal(found.indices, indices)
+    torch.testing.assert_close(found.soft, soft, rtol=0, atol=1e-12)
+    assert torch.equal(found.hard, hard)
+    torch.testing.assert_close(found.entropy, entropy, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_sparse_and_dense_entropy_agree(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both branches, forced, on the same input."""
+    query, codebook = torch.randn(40, 6, dtype=torch.float64), torch.randn(500, 6, dtype=torch.float64)
+    query.requires_grad_()
+    *_, expected = dense(query, codebook, 0.05)
+    (gradient,) = torch.autograd.grad(expected, query)
+    monkeypatch.setattr(module, "SPARSE_SHARE", share)
+    found = index_backprop(query, codebook, 0.05, chunk_rows=9)
+    torch.testing.assert_close(found.entropy, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found.entropy, query)[0], gradient, rtol=1e-9, atol=1e-11)
+
+
+def test_ties_take_the_first_code() -> None:
+    codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    query = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    assert index_backprop(query, codebook).indices.tolist() == [0, 0]
+    assert nearest_logit(query, codebook).tolist() == [0, 0]
+
+
+def test_no_matrix_of_n_by_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that forward saves and no buffer of a chunk is as large as N x K."""
+    n, k = 256, 4096
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 16 * k)
+    saved: list[int] = []
+    query, codebook = torch.randn(n, 4, requires_grad=True), torch.randn(k, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        found = index_backprop(query, codebook, 0.01)
+    assert max(saved) <= max(k, n) * 4
+    sizes: list[int] = []
+    plain = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size: sizes.append(size[0] * size[1]) or plain(self, *size))
+    (found.soft.sum() + found.entropy).backward()
+    assert sizes
+    assert max(sizes) == 16 * k
+
+
+def test_refuses_reduced_precision() -> None:
+    with pytest.raises(TypeError, match="float32"):
+        index_backprop(torch.randn(2, 4).bfloat16(), torch.randn(8, 4).bfloat16())
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_quantizer_losses_and_gradients(normalize: bool, temperature: float) -> None:
+    """The module's losses, temperature and normalisation against autograd through the plain formulas."""
+    quantizer = IndexBackpropagationQuantizer(50, 6, temperature=temperature, normalize=normalize).double()
+    features = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    out = quantizer(features)
+    weights = torch.randn_like(out.embeddings)
+    parameters = list(quantizer.parameters())
+    loss = (out.embeddings * weights).sum() + 2 * out.quantization_loss + 0.3 * out.entropy_loss
+    found = torch.autograd.grad(loss, [features, *parameters])
+
+    codebook: Tensor = quantizer.embedding.weight
+    z = features.permute(0, 2, 3, 1).reshape(-1, 6)
+    scale: Tensor | float = 1.0
+    if normalize:
+        assert quantizer.log_scale is not None
+        z, codebook, scale = F.normalize(z, dim=1), F.normalize(codebook, dim=1), quantizer.log_scale.exp()
+    soft, hard, indices, entropy = dense(z * (scale / temperature), codebook, 0.01)
+    quantization = (
+        ((soft - z) ** 2).mean() + ((hard.detach() - z) ** 2).mean() + 0.25 * ((hard - z.detach()) ** 2).mean()
+    )
+    image = soft.view(2, 3, 5, 6).permute(0, 3, 1, 2)
+    expected = torch.autograd.grad(
+        (image * weights).sum() + 2 * quantization + 0.3 * entropy, [features, *parameters], allow_unused=True
+    )
+    assert torch.equal(out.indices, indices.view(2, 3, 5))
+    assert torch.equal(quantizer.nearest(features), out.indices)
+    torch.testing.assert_close(out.quantization_loss, quantization)
+    torch.testing.assert_close(out.entropy_loss, entropy)
+    torch.testing.assert_close(quantizer.lookup(out.indices), out.embeddings)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_entropy_can_be_left_out() -> None:
+    quantizer = IndexBackpropagationQuantizer(50, 6)
+    features = torch.randn(2, 6, 3, 5)
+    with_entropy, without = quantizer(features), quantizer(features, entropy=False)
+    assert with_entropy.entropy_loss != 0
+    assert without.entropy_loss == 0
+    assert torch.equal(with_entropy.indices, without.indices)
+    counts = torch.bincount(without.indices.flatten(), minlength=50).float()
+    assert torch.equal(without.usage, counts)
+    assert with_entropy.usage.sum().item() == pytest.approx(30, rel=1e-4)
+
+
+def test_stays_float32_whatever_surrounds_it() -> None:
+    quantizer = IndexBackpropagationQuantizer(500, 16)
+    features = torch.randn(2, 16, 8, 8)
+    before, weight = quantizer(features), quantizer.embedding.weight.detach().clone()
+    for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16().cpu()):
+        cast(quantizer)
+        assert quantizer.embedding.weight.dtype == torch.float32
+        assert torch.equal(quantizer.embedding.weight, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = quantizer(features)
+    assert inside.embeddings.dtype == torch.float32
+    assert torch.equal(inside.indices, before.indices)
+    assert torch.equal(inside.entropy_loss, before.entropy_loss)
+    assert quantizer.double().embedding.weight.dtype == torch.float64
+
+
+def test_wrong_shapes_are_named() -> None:
+    quantizer = IndexBackpropagationQuantizer(8, 4)
+    with pytest.raises(ValueError, match=r"\[B, 4, h, w\], got \[2, 5, 3, 3\]"):
+        quantizer(torch.randn(2, 5, 3, 3))
+    with pytest.raises(ValueError, match="codebook_size = 1"):
+        IndexBackpropagationQuantizer(1, 4)
+    with pytest.raises(ValueError, match="temperature = 0"):
+        IndexBackpropagationQuantizer(8, 4, temperature=0)
+
+
+# -- several processes ---------------------------------------------------------------------------------------------------
+
+WORLD = 2
+
+
+def _join(rank: int, folder: str) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+
+
+def _all_ranks_worker(rank: int, folder: str) -> None:
+    _join(rank, folder)
+    inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)
+    quantizer = IndexBackpropagationQuantizer(40, 6).double().train()
+    quantizer.load_state_dict(inputs["state"])
+    features = inputs["features"].chunk(WORLD)[rank].requires_grad_()
+    out = quantizer(features)
+    gradients = torch.autograd.grad(out.entropy_loss, [features, quantizer.embedding.weight])
+    # as DDP does
+    dist.all_reduce(gradients[1])
+    torch.save(
+        {"entropy": out.entropy_loss.detach(), "features": gradients[0], "codebook": gradients[1] / WORLD},
+        f"{folder}/rank{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+def _fsdp_worker(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from ett.train.precision import shard_quantizer
+
+    _join(rank, folder)
+    inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)
+    results = {}
+    for guarded in (True, False):
+        quantizer = IndexBackpropagationQuantizer(40, 6)
+        quantizer.load_state_dict(inputs["state"])
+        model = torch.nn.Sequential(torch.nn.Identity(), quantizer)
+        mesh = dist.init_device_mesh("cpu", (WORLD,))
+        if guarded:
+            shard_quantizer(quantizer, mesh)
+        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False))
+        if guarded:
+            out = model(inputs["features"].float())
+            out.embeddings.sum().backward()
+            results["indices"], results["dtype"] = out.indices, str(out.embeddings.dtype)
+        else:
+            with pytest.raises(TypeError, match="must stay float32"):
+                model(inputs["features"].float())
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _launch(worker: object, folder: Path) -> list[dict[str, Tensor]]:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=worker, args=(rank, str(folder))) for rank in range(WORLD)]  # type: ignore[arg-type]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def _inputs(folder: Path) -> tuple[IndexBackpropagationQuantizer, Tensor]:
+    quantizer = IndexBackpropagationQuantizer(40, 6).double()
+    features = torch.randn(4, 6, 3, 3, dtype=torch.float64)
+    torch.save({"state": quantizer.state_dict(), "features": features}, folder / "inputs.pt")
+    return quantizer, features
+
+
+def test_entropy_mean_runs_over_all_ranks(tmp_path: Path) -> None:
+    """Two processes with half the batch each equal one with all of it: value, and gradients as DDP averages them."""
+    quantizer, features = _inputs(tmp_path)
+    features.requires_grad_()
+    whole = quantizer(features)
+    expected = torch.autograd.grad(whole.entropy_loss, [features, quantizer.embedding.weight])
+    ranks = _launch(_all_ranks_worker, tmp_path)
+    mean = torch.stack([rank["entropy"] for rank in ranks]).mean()
+    torch.testing.assert_close(mean, whole.entropy_loss.detach())
+    torch.testing.assert_close(torch.cat([rank["features"] for rank in ranks]) / WORLD, expected[0])
+    for rank in ranks:
+        torch.testing.assert_close(rank["codebook"], expected[1])
+
+
+def test_stays_float32_under_fsdp(tmp_path: Path) -> None:
+    """In its own unit the quantizer gathers float32 and finds the same indices; under a bf16 policy it refuses."""
+    quantizer, features = _inputs(tmp_path)
+    expected = quantizer.float()(features.float()).indices
+    for rank in _launch(_fsdp_worker, tmp_path):
+        assert torch.equal(rank["indices"], expected)
+        assert rank["dtype"] == "torch.float32"
