@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="validation", help="split of the built-in data, or heldout for all final ones")
     sub.add_argument("--limit", type=_positive, help="examples of each source")
     sub.add_argument("--batch-size", type=_positive, default=16)
+    sub.add_argument("--max-new-tokens", type=_positive, default=64, help="where answers stop at the latest")
     sub.add_argument("--json", metavar="FILE", type=Path, help="write metrics and predictions")
 
     sub = add("chat", _chat, "ask a model about a picture", 'ett chat runs/demo cat.png "What is this?"')
@@ -172,6 +173,84 @@ def _demo(arguments: argparse.Namespace) -> int:
         report_interruption(interruption, ["quickstart", *arguments.overrides], out, command="demo")
         return 128 + interruption.signal_number
     print(report)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from ett.evaluate.run import evaluate, load_for_evaluation
+    from ett.evaluate.sources import builtin_sources, manifest_source
+    from ett.experiments.run import resolve_model_folder
+
+    _quiet_libraries()
+    sources = manifest_source(arguments.data) if arguments.data else builtin_sources(arguments.split)
+    tasks = [name.strip() for name in arguments.tasks.split(",")] if arguments.tasks else None
+    model, tokenizer, processor = load_for_evaluation(resolve_model_folder(arguments.model))
+    result = evaluate(
+        model if model is not None else tokenizer,
+        processor,
+        sources,
+        tasks,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    if arguments.json:
+        result.save(arguments.json)
+    width = max((len(name) for name in result.metrics), default=0)
+    for name, metric in result.metrics.items():
+        interval = f"  [{metric.interval[0]:.4f}, {metric.interval[1]:.4f}]" if metric.interval else ""
+        print(f"{name:<{width}}  {metric.value:.4f}{interval}  n={metric.num_examples}")
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from ett.errors import ModelError
+    from ett.evaluate.run import load_for_evaluation
+    from ett.experiments.run import resolve_model_folder
+    from ett.generate.chat import answer
+    from ett.images import load_image
+
+    _quiet_libraries()
+    image = load_image(arguments.image)
+    model, _, processor = load_for_evaluation(resolve_model_folder(arguments.model))
+    if model is None:
+        raise ModelError(f"{arguments.model} holds a vision tokenizer alone; chatting needs a model with a language model.")
+    live = sys.stdout.isatty()
+    show: Callable[[str], None] | None = (lambda piece: print(piece, end="", flush=True)) if live else None
+    text = answer(model, processor, [image], arguments.question, max_new_tokens=arguments.max_new_tokens, on_text=show)
+    print("" if live else text)
+    return 0
+
+
+def _reconstruct(arguments: argparse.Namespace) -> int:
+    from ett.evaluate.run import load_for_evaluation
+    from ett.experiments.run import resolve_model_folder
+    from ett.generate.reconstruct import write_reconstructions
+
+    _quiet_libraries()
+    _, tokenizer, processor = load_for_evaluation(resolve_model_folder(arguments.model))
+    size = arguments.size if arguments.size is not None else processor.image_processor
+    written = write_reconstructions(tokenizer, size, arguments.images, arguments.out, compare=arguments.compare)
+    for path, found in written:
+        print(f"{path}  {found.image.width} x {found.image.height}  PSNR {found.psnr:.2f} dB  SSIM {found.ssim:.4f}")
+    return 0
+
+
+def _tokenize(arguments: argparse.Namespace) -> int:
+    from ett.evaluate.run import load_for_evaluation
+    from ett.experiments.run import resolve_model_folder
+    from ett.generate.reconstruct import tokenize_picture
+
+    _quiet_libraries()
+    _, tokenizer, processor = load_for_evaluation(resolve_model_folder(arguments.model))
+    size = arguments.size if arguments.size is not None else processor.image_processor
+    found = tokenize_picture(tokenizer, size, arguments.image)
+    if arguments.json:
+        _print_json(found)
+    else:
+        width = len(str(found["codebook_size"] - 1))
+        for row in found["indices"]:
+            print(" ".join(f"{index:>{width}}" for index in row))
     return 0
 
 

@@ -106,8 +106,8 @@ class Subject:
 class Selection(Sequence[Example]):
     """The examples of a source that an evaluation reads, decoded whenever they are asked for.
 
-    Of a manifest, the first `limit` (all for None). Of other sources, `limit` (default `BUILTIN_LIMIT`) examples at equal
-    distances, because they are sorted by style: the first would be of one style only.
+    Of a manifest, the first `limit` (all for None). Of other sources, `limit` (default `BUILTIN_LIMIT`) examples at
+    equal distances, because they are sorted by style: the first would be of one style only.
     """
 
     def __init__(self, name: str, source: Source, limit: int | None = None) -> None:

@@ -9,87 +9,30 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ett.images import Box
+from ett.generate.fidelity import MAX_PSNR, l1, psnr, ssim
 
-MAX_PSNR = 100.0
-"""PSNR of equal pictures [dB], where the formula gives infinity, which JSON cannot hold."""
-
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-_C1, _C2 = 0.01**2, 0.03**2
+__all__ = [
+    "MAX_PSNR",
+    "bootstrap_interval",
+    "character_errors",
+    "codebook_usage",
+    "edit_distance",
+    "exact_match",
+    "index_counts",
+    "index_perplexity",
+    "l1",
+    "normalized",
+    "paired_bootstrap_interval",
+    "psnr",
+    "ssim",
+]
 
 _SPELLED = re.compile(r"\S(?: \S)+")
 
 
-def inside(picture: Tensor, box: Box | None) -> Tensor:
-    """The part of float[..., H, W] inside `box`; all of it for None."""
-    return picture if box is None else picture[..., box.top : box.bottom, box.left : box.right]
-
-
-def psnr(first: Tensor, second: Tensor, box: Box | None = None) -> float:
-    """Peak signal-to-noise ratio [dB] of two pictures, ``10 log10(4 / mean squared difference)``.
-
-    Args:
-        first, second: float[3, H, W] in [-1, 1] (data range 2).
-        box: compare inside it only, so that padding does not count.
-
-    Returns:
-        At most `MAX_PSNR`.
-    """
-    error = F.mse_loss(inside(first, box).double(), inside(second, box).double()).item()
-    return MAX_PSNR if error == 0 else min(MAX_PSNR, 10 * math.log10(4 / error))
-
-
-def l1(first: Tensor, second: Tensor, box: Box | None = None) -> float:
-    """Mean absolute difference of two float[3, H, W] in [-1, 1], in [0, 2]."""
-    return F.l1_loss(inside(first, box).double(), inside(second, box).double()).item()
-
-
-def ssim(first: Tensor, second: Tensor, box: Box | None = None) -> float:
-    """Structural similarity of two pictures, in [-1, 1], 1 for equal ones.
-
-    Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural similarity", 2004:
-    Gaussian window of 11 x 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03, over the places where the window fits, for each
-    colour channel and averaged. In a picture smaller than the window, the largest odd window that fits is used.
-
-    Args:
-        first, second: float[3, H, W] in [-1, 1]; compared in [0, 1] (data range 1).
-        box: compare inside it only.
-    """
-    x, y = ((inside(picture, box).double() + 1) / 2 for picture in (first, second))
-    height, width = x.shape[-2:]
-    rows, columns = _gaussian(_fitting(height)).to(x.device), _gaussian(_fitting(width)).to(x.device)
-
-    def blurred(values: Tensor) -> Tensor:
-        down = F.conv2d(values.unsqueeze(1), rows.view(1, 1, -1, 1))
-        return F.conv2d(down, columns.view(1, 1, 1, -1))
-
-    mean_x, mean_y = blurred(x), blurred(y)
-    variance_x = blurred(x * x) - mean_x**2
-    variance_y = blurred(y * y) - mean_y**2
-    covariance = blurred(x * y) - mean_x * mean_y
-    similarity = ((2 * mean_x * mean_y + _C1) * (2 * covariance + _C2)) / (
-        (mean_x**2 + mean_y**2 + _C1) * (variance_x + variance_y + _C2)
-    )
-    return similarity.mean().item()
-
-
-def _fitting(side: int) -> int:
-    """The largest odd window side up to `SSIM_WINDOW` that fits into `side` pixels."""
-    window = min(SSIM_WINDOW, side)
-    return window if window % 2 else window - 1
-
-
-def _gaussian(window: int) -> Tensor:
-    """float64[window], symmetric, of sum 1."""
-    distance = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
-    weights = torch.exp(-(distance**2) / (2 * SSIM_SIGMA**2))
-    return weights / weights.sum()
-
-
-# -- texts ---------------------------------------------------------------------------------------------------------------
+# -- texts -----------------------------------------------------------------------------------------------------------
 
 
 def normalized(text: str) -> str:
@@ -118,8 +61,8 @@ def character_errors(prediction: str, reference: str) -> tuple[int, int]:
 def edit_distance(first: str, second: str) -> int:
     """Levenshtein distance: the fewest insertions, deletions and substitutions of characters between two texts.
 
-    The usual table, a row at a time. Within a row, ``d[j] = min(t[j], d[j - 1] + 1)`` for all j is the running minimum of
-    ``t[j] - j``, plus j.
+    The usual table, a row at a time. Within a row, ``d[j] = min(t[j], d[j - 1] + 1)`` for all j is the running minimum
+    of ``t[j] - j``, plus j.
     """
     codes = np.array([ord(character) for character in second], dtype=np.int64)
     steps = np.arange(len(second) + 1)
@@ -132,7 +75,7 @@ def edit_distance(first: str, second: str) -> int:
     return int(row[-1])
 
 
-# -- indices -------------------------------------------------------------------------------------------------------------
+# -- indices ---------------------------------------------------------------------------------------------------------
 
 
 def index_counts(indices: Tensor, codebook_size: int) -> Tensor:
@@ -152,7 +95,7 @@ def index_perplexity(counts: Tensor) -> float:
     return math.exp(-(used * used.log()).sum().item())
 
 
-# -- how sure a mean is ----------------------------------------------------------------------------------------------------
+# -- how sure a mean is ----------------------------------------------------------------------------------------------
 
 Values = Sequence[float] | npt.NDArray[np.floating]
 

@@ -29,6 +29,7 @@ from ett.model.build import (
     build_model,
     build_processor,
     build_vision_tokenizer,
+    find_weights,
 )
 from ett.model.build import load_model as load_saved
 from ett.model.ett import EttForConditionalGeneration
@@ -115,7 +116,7 @@ class Run:
         log.start_stage(sum(earlier.steps for earlier in self.recipe.stages[:k]))
         stage.run()
         if accelerator.is_main_process:
-            self._save_stage(k, model, processor, config)
+            self._save_stage(k, model, processor)
             for leftover in (self.out / "checkpoints").glob(f"{name}-*"):
                 shutil.rmtree(leftover)
         accelerator.wait_for_everyone()
@@ -126,7 +127,7 @@ class Run:
         spec = self.recipe.model
         is_tokenizer_stage = self.recipe.stages[k].stage == "tokenizer"
         if k == 0 and spec.init is not None:
-            return start_from(Path(spec.init), spec, tokenizer_only=is_tokenizer_stage)
+            return start_from(find_weights(spec.init), spec, tokenizer_only=is_tokenizer_stage)
         if k > 0 and self.recipe.stages[k - 1].stage != "tokenizer":
             return load_saved(self.stage_folder(k - 1))
         if k > 0:
@@ -145,13 +146,15 @@ class Run:
         validation = encode_all(held, evaluation.limit, processor, config.max_length) if held is not None else []
         return StageData(mixture, validation, processor, self.recipe.num_workers)
 
-    def _save_stage(self, k: int, model: nn.Module, processor: EttProcessor, config: StageConfig) -> None:
+    def _save_stage(self, k: int, model: nn.Module, processor: EttProcessor) -> None:
         target = self.stage_folder(k)
         work = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         if isinstance(model, VisionTokenizer):
             model.save_pretrained(work)
+            # the size it was trained at, for whoever uses the tokenizer alone
+            processor.image_processor.save_pretrained(work)
         else:
             assert isinstance(model, EttForConditionalGeneration)
             model.save_pretrained(work)
@@ -166,8 +169,8 @@ class Run:
             build_mixture(stage.data or self.recipe.data, self.recipe.seed)
         spec = self.recipe.model
         for path in (spec.init, spec.vision_tokenizer.get("path")):
-            if path is not None and not Path(str(path)).is_dir():
-                raise ModelError(f"The recipe starts from {path!r}, but there is no such folder.")
+            if path is not None:
+                find_weights(path)
         if spec.init is None and "path" not in spec.vision_tokenizer:
             with torch.device("meta"):
                 build_vision_tokenizer(spec)

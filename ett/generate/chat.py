@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -18,8 +19,8 @@ from ett.types import IGNORE_INDEX, Batch, Example, Message
 Picture = str | Path | bytes | PIL.Image.Image
 
 DESCRIBE_PROMPT: str | None = None
-"""What is asked where there is no question, our choice: nothing. A picture without words is the paper's captioning format:
-the alignment and semantic stages train it, and a part of the built-in names is asked like that."""
+"""What is asked where there is no question, our choice: nothing. A picture without words is the paper's captioning
+format: the alignment and semantic stages train it, and a part of the built-in names is asked like that."""
 
 
 def answer(
@@ -27,6 +28,7 @@ def answer(
     processor: EttProcessor,
     images: Picture | Sequence[Picture],
     question: str | None = None,
+    *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     on_text: Callable[[str], None] | None = None,
@@ -53,7 +55,9 @@ def answer(
         content.append({"type": "text", "text": asked})
     example = Example("question", [{"role": "user", "content": content}], opened)
     streamer = None if on_text is None else _Callback(processor.tokenizer, on_text)
-    return _generate(model, processor, [example], max_new_tokens, temperature, streamer)[0]
+    return _generate(
+        model, processor, [example], max_new_tokens=max_new_tokens, temperature=temperature, streamer=streamer
+    )[0]
 
 
 def answers(
@@ -64,7 +68,7 @@ def answers(
     Raises:
         DataError: an example that starts with an answer, or that cannot be prepared. ModelError: as in `answer`.
     """
-    return _generate(model, processor, examples, max_new_tokens, 0.0, None)
+    return _generate(model, processor, examples, max_new_tokens=max_new_tokens)
 
 
 def prompts(processor: EttProcessor, examples: Sequence[Example]) -> Batch:
@@ -77,15 +81,15 @@ def prompts(processor: EttProcessor, examples: Sequence[Example]) -> Batch:
     for example, positions in zip(examples, batch.attention_mask.sum(dim=1).tolist(), strict=True):
         if positions == 0:
             raise DataError(
-                f"Example {example.id!r} has no turn before its first answer, so there is nothing to ask. Let it start with "
-                "a human turn (the picture alone is enough)."
+                f"Example {example.id!r} has no turn before its first answer, so there is nothing to ask. Let it start "
+                "with a human turn (the picture alone is enough)."
             )
     return batch
 
 
 def stop_ids(model: EttForConditionalGeneration, processor: EttProcessor) -> list[int]:
-    """Tokens that end an answer: the language model's, the text tokenizer's, and the special token that the chat template
-    puts behind an answer (base models are often trained to chat with one that is not their end of sequence)."""
+    """Tokens that end an answer: the language model's, the text tokenizer's, and the special token that the chat
+    template puts behind an answer (base models are often trained to chat with one that is not their end of sequence)."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     found = configured if isinstance(configured, list) else [configured]
     found = [*found, processor.tokenizer.eos_token_id]
@@ -104,9 +108,10 @@ def _generate(
     model: EttForConditionalGeneration,
     processor: EttProcessor,
     examples: Sequence[Example],
+    *,
     max_new_tokens: int,
-    temperature: float,
-    streamer: TextStreamer | None,
+    temperature: float = 0.0,
+    streamer: TextStreamer | None = None,
 ) -> list[str]:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
@@ -119,10 +124,11 @@ def _generate(
     room = getattr(model.config.text_config, "max_position_embeddings", None)
     if isinstance(room, int) and length >= room:
         raise ModelError(
-            f"The prompt takes {length} positions, but the language model has {room}. Use fewer pictures or a shorter question."
+            f"The prompt takes {length} positions, but the language model has {room}. Use fewer pictures or a "
+            "shorter question."
         )
     # what decides the text is said here, so that settings saved with a language model cannot change it
-    settings = GenerationConfig(
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not type it
         max_new_tokens=max_new_tokens if not isinstance(room, int) else min(max_new_tokens, room - length),
         do_sample=temperature > 0,
         num_beams=1,
@@ -133,12 +139,13 @@ def _generate(
         suppress_tokens=[processor.image_token_id],
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
     )
+    generator: Any = model  # transformers types `generate` for its own protocol only
     pixels = {"pixel_values": batch.pixel_values} if len(batch.pixel_values) else {}
     was_training = [module for module in model.modules() if module.training]
-    model.eval()
+    model.train(False)
     try:
         with torch.inference_mode():
-            ids = model.generate(
+            ids = generator.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 generation_config=settings,

@@ -23,6 +23,9 @@ from ett.model.smollm2 import prepare_smollm2
 from ett.model.text import CHAT_TEMPLATES, add_image_token, byte_tokenizer
 from ett.tokenizers import VisionTokenizer
 
+SHIPPED_WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+"""Small trained parts that come with the package."""
+
 
 @dataclass(frozen=True)
 class LanguageModelSpec:
@@ -92,17 +95,31 @@ def build_vision_tokenizer(spec: ModelSpec) -> VisionTokenizer:
         extra = sorted(set(spec.vision_tokenizer) - {"path"})
         if extra:
             raise RecipeError(f"model.vision_tokenizer has a path, so it cannot set {', '.join(extra)} as well.")
-        tokenizer = load_vision_tokenizer(Path(str(spec.vision_tokenizer["path"])))
+        tokenizer = load_vision_tokenizer(find_weights(spec.vision_tokenizer["path"]))
     else:
         tokenizer = VisionTokenizer.from_config(spec.vision_tokenizer, "model.vision_tokenizer")
     num_positions(tokenizer, spec.projector.merge_size, spec.size)
     return tokenizer
 
 
+def find_weights(path: str | Path) -> Path:
+    """The folder at `path`, or the shipped weights of that name.
+
+    Raises:
+        ModelError: neither exists.
+    """
+    given = Path(path)
+    if given.is_dir():
+        return given
+    shipped = SHIPPED_WEIGHTS / str(path)
+    if str(path) == given.name and shipped.is_dir():
+        return shipped
+    known = sorted(p.name for p in SHIPPED_WEIGHTS.iterdir() if p.is_dir()) if SHIPPED_WEIGHTS.is_dir() else []
+    raise ModelError(f"There is no folder {str(path)!r}. Give a saved model's or tokenizer's, or a shipped one: {', '.join(known)}.")
+
+
 def load_vision_tokenizer(directory: Path) -> VisionTokenizer:
     """A tokenizer from its own folder or out of a saved model's."""
-    if not directory.is_dir():
-        raise ModelError(f"There is no folder {directory}. Give a saved vision tokenizer or model.")
     if is_saved_model(directory):
         tokenizer = EttForConditionalGeneration.from_pretrained(directory).vision_tokenizer
         assert isinstance(tokenizer, VisionTokenizer)

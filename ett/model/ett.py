@@ -166,6 +166,7 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | float | None = None,
+        tokenizer_share: float | None = None,
         loss_config: LossConfig | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -180,7 +181,9 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: as in transformers: 0 all, n the last n, or int64[U] the positions to compute logits for. With
                 labels, the loss is taken over those positions. "supervised" positions: `supervised_columns(labels)`.
             num_items_in_batch: divisor of the caption loss (see `caption_loss`); None counts this batch's own. Losses of the
-                micro-batches of a step are then *added*; L_vq is weighted by the batch's share of supervised tokens.
+                micro-batches of a step are then *added*.
+            tokenizer_share: of this call's pictures among those of the step, the factor of L_vq under accumulation; None takes
+                1, or the share of supervised tokens where `num_items_in_batch` tells that there are more micro-batches.
             loss_config: weights; None takes the saved configuration's.
         """
         weights = loss_config or self.config.loss_config
@@ -212,8 +215,9 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if quantized is not None and weights.tokenizer_weight > 0 and pixel_values is not None:
                 reconstruction = self.vision_tokenizer.decode(quantized.embeddings)
                 losses |= tokenizer_losses(pixel_values, reconstruction, quantized, weights)
-                # under accumulation the divisor is larger than this batch: L_vq takes the same share as the caption loss
-                share = 1.0 if num_items_in_batch is None else (targets != IGNORE_INDEX).sum() / num_items_in_batch
+                if tokenizer_share is None and num_items_in_batch is not None:
+                    tokenizer_share = float((targets != IGNORE_INDEX).sum() / num_items_in_batch)
+                share = 1.0 if tokenizer_share is None else tokenizer_share
                 loss = loss + weights.tokenizer_weight * share * tokenizer_loss(losses, weights)
         return EttOutput(
             loss=loss,

@@ -67,6 +67,19 @@ class StageData:
     num_workers: int
 
 
+@dataclass(frozen=True)
+class Shares:
+    """How a micro-batch counts in its step, so that losses of micro-batches are added and gradients of ranks averaged.
+
+    Attributes:
+        num_supervised: divisor of the summed caption loss: supervised tokens of the step / number of ranks.
+        images: this micro-batch's pictures / (pictures of the step / number of ranks).
+    """
+
+    num_supervised: float
+    images: float
+
+
 class TokenizerObjective(nn.Module):
     """L_vq of a batch's pictures: stage 0, where there is no language model."""
 
@@ -74,11 +87,11 @@ class TokenizerObjective(nn.Module):
         super().__init__()
         self.vision_tokenizer = vision_tokenizer
 
-    def forward(self, pixel_values: Tensor, loss_config: LossConfig) -> tuple[Tensor, Losses]:
-        """(loss float[], terms by name) of float[I, 3, H, W] in [-1, 1]."""
-        reconstruction, quantized = self.vision_tokenizer(pixel_values, entropy=loss_config.entropy_weight > 0)
-        losses = tokenizer_losses(pixel_values, reconstruction, quantized, loss_config)
-        return tokenizer_loss(losses, loss_config), losses
+    def forward(self, batch: Batch, loss_config: LossConfig, shares: Shares) -> tuple[Tensor, Losses]:
+        """(loss float[], terms by name); alpha plays no part where there is no other loss."""
+        reconstruction, quantized = self.vision_tokenizer(batch.pixel_values, entropy=loss_config.entropy_weight > 0)
+        losses = tokenizer_losses(batch.pixel_values, reconstruction, quantized, loss_config)
+        return tokenizer_loss(losses, loss_config) * shares.images, losses
 
 
 class JointObjective(nn.Module):
@@ -88,7 +101,7 @@ class JointObjective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, loss_config: LossConfig, num_supervised: float) -> tuple[Tensor, Losses]:
+    def forward(self, batch: Batch, loss_config: LossConfig, shares: Shares) -> tuple[Tensor, Losses]:
         """(loss float[], terms by name); the head runs on supervised positions alone."""
         output = self.model(
             input_ids=batch.input_ids,
@@ -96,7 +109,8 @@ class JointObjective(nn.Module):
             attention_mask=batch.attention_mask,
             labels=batch.labels,
             logits_to_keep=supervised_columns(batch.labels),
-            num_items_in_batch=num_supervised,
+            num_items_in_batch=shares.num_supervised,
+            tokenizer_share=shares.images,
             loss_config=loss_config,
             use_cache=False,
         )
@@ -195,11 +209,10 @@ class Stage:
         self.objective.eval()
         totals: dict[str, float] = {}
         weight = 0.0
-        size = self.micro_batch
-        for start in range(0, len(self.data.validation), size):
-            batch = self._collate(list(self.data.validation[start : start + size]))
+        for start in range(0, len(self.data.validation), self.micro_batch):
+            batch = self._collate(list(self.data.validation[start : start + self.micro_batch]))
             tokens = float(max(1, batch.num_supervised))
-            loss, losses = self._objective(batch, tokens)
+            loss, losses = self.objective(batch, self.losses, Shares(tokens, 1.0))
             for name, value in {"loss": loss, **losses}.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * tokens
             weight += tokens
@@ -214,20 +227,23 @@ class Stage:
     def _train_step(self, micro_batches: list[Batch]) -> tuple[Losses, float]:
         """(terms averaged over the step, gradient norm before clipping)."""
         world = self.accelerator.num_processes
-        supervised = sum(batch.num_supervised for batch in micro_batches)
+        counts = torch.tensor(
+            [sum(batch.num_supervised for batch in micro_batches), sum(len(batch.pixel_values) for batch in micro_batches)],
+            device=self.accelerator.device,
+        )
         if world > 1:
-            supervised = int(self.accelerator.reduce(torch.tensor(supervised, device=self.accelerator.device)))
-        # losses of micro-batches are added and gradients of ranks averaged, so each token of the step weighs the same
-        divisor = max(1, supervised) / world
+            counts = self.accelerator.reduce(counts)
+        tokens, images = (max(1, int(count)) / world for count in counts)
         totals: Losses = {}
         for i, batch in enumerate(micro_batches):
+            shares = Shares(tokens, len(batch.pixel_values) / images)
             synced = i == len(micro_batches) - 1
             with nullcontext() if synced else self.accelerator.no_sync(self.objective):
-                loss, losses = self._objective(batch, divisor)
+                loss, losses = self.objective(batch, self.losses, shares)
                 self.accelerator.backward(loss)
             for name, value in {"loss": loss, **losses}.items():
-                share = 1.0 if name in ("loss", "caption_loss") else 1.0 / len(micro_batches)
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() * share
+                factor = 1.0 if name in ("loss", "caption_loss") else shares.images
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() * factor
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.optimizer.max_grad_norm or math.inf)
         norm_value = float(norm) if norm is not None else 0.0
         if not math.isfinite(norm_value):
@@ -238,13 +254,6 @@ class Stage:
         if world > 1:
             totals = {name: self.accelerator.reduce(value, reduction="mean") for name, value in totals.items()}
         return totals, norm_value
-
-    def _objective(self, batch: Batch, num_supervised: float) -> tuple[Tensor, Losses]:
-        if isinstance(self.model, VisionTokenizer):
-            loss, losses = self.objective(batch.pixel_values, self.losses)
-            return loss / self.accumulation if self.objective.training else loss, losses
-        output: tuple[Tensor, Losses] = self.objective(batch, self.losses, num_supervised)
-        return output
 
     def _refuse(self, losses: Losses, norm: float) -> None:
         shown = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())

@@ -6,6 +6,4 @@ from ett.evaluate.tasks.loss import LossTask
 from ett.evaluate.tasks.naming import NamingTask
 from ett.evaluate.tasks.reconstruction import ReconstructionTask
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (LossTask(), AnswersTask(), NamingTask(), ReconstructionTask())
-}
+TASKS: dict[str, Task] = {task.name: task for task in (LossTask(), AnswersTask(), NamingTask(), ReconstructionTask())}

@@ -1,4 +1,4 @@
-"""The rank of the right answer among other answers, by likelihood: a measure that is off the floor long before exact match."""
+"""The rank of the right answer among other answers, by likelihood: off the floor long before exact match is."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MAX_READ = 400
 
 
 class NamingTask(Task):
-    """Rank of the right answer among up to `MAX_CANDIDATES`: itself, and answers of other examples of the source, which are
-    drawn once, in a seeded order, and are the same for every example.
+    """Rank of the right answer among up to `MAX_CANDIDATES`: itself, and answers of other examples of the source, which
+    are drawn once, in a seeded order, and are the same for every example.
 
-    An answer's score is its mean log-likelihood per token, the token that ends it included. Up to `MAX_EXAMPLES` examples, at
-    equal distances.
+    An answer's score is its mean log-likelihood per token, the token that ends it included. Up to `MAX_EXAMPLES`
+    examples, at equal distances.
 
     Metrics:
         naming_rank: mean rank, 1 is best; ties count half.
@@ -75,7 +75,7 @@ class NamingTask(Task):
 
 
 def candidate_pool(source: Source, seed: int = 0) -> list[str]:
-    """Up to ``MAX_CANDIDATES + 1`` different first answers of a source, in a seeded order that depends on its length alone."""
+    """Up to ``MAX_CANDIDATES + 1`` different first answers of a source, in a seeded order."""
     found: dict[str, str] = {}
     for position in np.random.default_rng(seed).permutation(len(source))[:MAX_READ]:
         reference = question_and_reference(source[int(position)])[1]

@@ -1,0 +1,303 @@
+"""Runs end to end on toy parts: every stage, resuming, faults, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ett.config import from_mapping
+from ett.errors import ModelError, RecipeError, UserError
+from ett.experiments.recipe import Recipe, dump_recipe, load_recipe
+from ett.experiments.run import Interrupted, Run, load_model, resolve_model_folder
+from ett.tokenizers import VisionTokenizer
+from ett.train import loop as loop_module
+from ett.train.checkpoint import list_checkpoints
+from ett.train.log import read_log
+
+
+def recipe_from(given: dict[str, Any]) -> Recipe:
+    return from_mapping(Recipe, given)
+
+
+def digests(run: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run.glob("stages/*/model.safetensors"))
+    }
+
+
+def test_all_stages_train_and_hand_over(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    folder = Run(recipe_from(toy_recipe), out).train()
+    assert folder == resolve_model_folder(out) == out / "stages" / "3-chat"
+    tokenizer = VisionTokenizer.from_pretrained(out / "stages" / "0-tokenizer")
+    aligned, _ = load_model(out / "stages" / "1-align")
+    semantic, _ = load_model(out / "stages" / "2-semantic")
+    chat, processor = load_model(out)
+
+    def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+    # stage by stage: what was frozen is bit for bit what it was, what trained is not
+    assert same(tokenizer, aligned.vision_tokenizer)
+    assert not same(aligned.vision_tokenizer, semantic.vision_tokenizer)
+    assert not same(aligned.language_model, semantic.language_model)
+    assert same(semantic.vision_tokenizer, chat.vision_tokenizer)
+    assert not same(semantic.language_model, chat.language_model)
+    assert processor.num_image_positions == 16
+    # the resolved recipe reads back as itself
+    assert load_recipe(out / "recipe.yaml") == recipe_from(toy_recipe)
+
+    events = read_log(out / "log.jsonl")
+    steps = [(e["stage"], e["step"]) for e in events if e["event"] == "step"]
+    assert steps == [(stage, step) for stage in ("tokenizer", "align", "semantic", "chat") for step in (1, 2, 3)]
+    semantic_losses = next(e for e in events if e["event"] == "step" and e["stage"] == "semantic")["losses"]
+    assert set(semantic_losses) == {
+        "loss", "caption_loss", "reconstruction_loss", "quantization_loss", "entropy_loss",
+    }  # fmt: skip
+    reach = {e["stage"]: e["caption_gradient_norms"] for e in events if e["event"] == "reach"}
+    assert reach["align"]["encoder"] == 0 < reach["semantic"]["encoder"]
+    assert list_checkpoints(out / "checkpoints", "chat") == []
+
+
+def test_training_lowers_both_losses(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    toy_recipe["stages"] = [
+        {
+            "stage": "semantic",
+            "steps": 80,
+            "batch_size": 12,
+            "log_every": 1,
+            "optimizer": {"learning_rate": 3e-3, "schedule": "constant"},
+        }
+    ]
+    Run(recipe_from(toy_recipe), tmp_path / "run").train()
+    losses = [e["losses"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "step"]
+    for name, factor in (("caption_loss", 0.6), ("reconstruction_loss", 0.8)):
+        first = sum(step[name] for step in losses[:5])
+        last = sum(step[name] for step in losses[-5:])
+        assert last < factor * first, name
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_crash_anywhere_then_resume_gives_the_same_weights(
+    seed: int, toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Died inside a step, a save or a hand-over, again and again: the resumed run equals the uninterrupted one."""
+    recipe = recipe_from(toy_recipe)
+    Run(recipe, tmp_path / "whole").train()
+    rng = random.Random(seed)
+    calls = {"left": 0}
+
+    def dying(function: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    from ett.experiments import run as run_module
+    from ett.train import checkpoint as checkpoint_module
+
+    for objective in (loop_module.TokenizerObjective, loop_module.JointObjective):
+        monkeypatch.setattr(objective, "forward", dying(objective.forward))
+    monkeypatch.setattr(checkpoint_module, "save_file", dying(checkpoint_module.save_file))
+    monkeypatch.setattr(checkpoint_module, "publish", dying(checkpoint_module.publish))
+    monkeypatch.setattr(run_module, "publish", dying(run_module.publish))
+    deaths = 0
+    while True:
+        calls["left"] = rng.randint(4, 14)
+        try:
+            Run(recipe, tmp_path / "killed", resume=True).train()
+            break
+        except Killed:
+            deaths += 1
+    assert deaths >= 2
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    whole, killed = (read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed"))
+
+    def steps(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        return [(e["stage"], e["step"], e["losses"]) for e in events if e["event"] == "step"]
+
+    assert steps(killed) == steps(whole)
+
+
+def test_kill_9_then_resume_from_the_command_line(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """The real thing: `ett train` killed at a seeded random moment, then --resume."""
+    for stage in toy_recipe["stages"]:
+        stage["steps"] = 12
+    toy_recipe["num_workers"] = 1
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toy_recipe), encoding="utf-8")
+    Run(recipe_from(toy_recipe), tmp_path / "whole").train()
+    command = [sys.executable, "-m", "ett.cli", "train", str(path), "--out", str(tmp_path / "killed"), "--resume"]
+    rng = random.Random(7)
+    log = tmp_path / "killed" / "log.jsonl"
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seen = len(read_log(log)) if log.exists() else 0
+        target = seen + rng.randint(3, 12)
+        deadline = time.monotonic() + 90
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and len(read_log(log)) >= target:
+                break
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.05)
+        assert process.poll() is None, "the run ended before it was killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finished = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert finished.stdout.strip() == str(tmp_path / "killed" / "stages" / "3-chat")
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_say_how_to_resume(number: int, toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = recipe_from(toy_recipe)
+    out = tmp_path / "run"
+    run = Run(recipe, out)
+    plain = loop_module.Stage._train_step
+    taken = {"steps": 0}
+
+    def step(self: Any, batches: Any) -> Any:
+        taken["steps"] += 1
+        if taken["steps"] == 5:
+            os.kill(os.getpid(), number)
+        return plain(self, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module.Stage, "_train_step", step)
+        with pytest.raises(Interrupted) as caught:
+            run.train()
+    assert caught.value.signal_number == number
+    assert caught.value.step == 2
+    assert [c.step for c in list_checkpoints(out / "checkpoints", "align")][-1] == 2
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    Run(recipe, out, resume=True).train()
+    Run(recipe, tmp_path / "whole").train()
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_damaged_checkpoint_is_named(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = Run(recipe_from(toy_recipe), out)
+    plain = loop_module.Stage.save
+
+    def save_and_die(self: Any) -> None:
+        plain(self)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module.Stage, "save", save_and_die)
+        with pytest.raises(Killed):
+            run.train()
+    (checkpoint,) = list_checkpoints(out / "checkpoints", "tokenizer")
+    weights = checkpoint.path / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(ModelError, match=r"weights\.safetensors is damaged"):
+        Run(recipe_from(toy_recipe), out, resume=True).train()
+
+
+def test_accumulation_does_not_change_the_result(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """One micro-batch of 4 and two of 2 take the same step (entropy, a batch statistic, off)."""
+    toy_recipe["stages"] = [
+        {
+            "stage": "semantic",
+            "steps": 2,
+            "batch_size": 4,
+            "losses": {"entropy_weight": 0},
+            "optimizer": {"learning_rate": 1e-3},
+        }
+    ]
+    toy_recipe["model"]["language_model"]["config"]["attention_dropout"] = 0.0
+    models = []
+    for micro in (4, 2):
+        toy_recipe["stages"][0]["micro_batch_size"] = micro
+        Run(recipe_from(toy_recipe), tmp_path / str(micro)).train()
+        models.append(load_model(tmp_path / str(micro))[0])
+    logs = [
+        [e["losses"]["caption_loss"] for e in read_log(tmp_path / m / "log.jsonl") if e["event"] == "step"] for m in ("4", "2")
+    ]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+    for (name, a), b in zip(models[0].language_model.named_parameters(), models[1].language_model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4, msg=name)
+
+
+def test_a_nan_stops_before_the_step(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    toy_recipe["stages"] = [{"stage": "semantic", "steps": 5, "batch_size": 4, "checkpoint_every": 1}]
+    run = Run(recipe_from(toy_recipe), tmp_path / "run")
+    plain = loop_module.JointObjective.forward
+    calls = {"steps": 0}
+
+    def poisoned(self: Any, *arguments: Any) -> Any:
+        loss, losses = plain(self, *arguments)
+        calls["steps"] += 1
+        return (loss * float("nan") if calls["steps"] == 3 else loss), losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module.JointObjective, "forward", poisoned)
+        with pytest.raises(UserError, match="step 3: the gradient norm is nan"):
+            run.train()
+    assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints", "semantic")] == [1, 2]
+
+
+def test_folders_are_not_overwritten_by_accident(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    toy_recipe["stages"] = [{"stage": "tokenizer", "steps": 1, "batch_size": 2}]
+    recipe, out = recipe_from(toy_recipe), tmp_path / "run"
+    Run(recipe, out).train()
+    with pytest.raises(RecipeError, match="--resume, replace it with --overwrite"):
+        Run(recipe, out)
+    toy_recipe["seed"] = 5
+    with pytest.raises(RecipeError, match="started with another recipe .*seed: 5"):
+        Run(recipe_from(toy_recipe), out, resume=True)
+    before = digests(out)
+    Run(recipe_from(toy_recipe), out, overwrite=True).train()
+    assert digests(out) != before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(RecipeError, match="is not a run's folder"):
+        Run(recipe, tmp_path / "other", overwrite=True)
+    assert (tmp_path / "other" / "precious.txt").exists()
+
+
+def test_starting_from_a_saved_model(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """`model.init` takes a finished model; an index arm gets its table from that model's codebook."""
+    Run(recipe_from(toy_recipe), tmp_path / "base").train()
+    arm = {**toy_recipe, "model": {"image_size": 32, "init": str(tmp_path / "base" / "stages" / "1-align")}}
+    arm["model"]["visual_input"] = "index"
+    arm["stages"] = [
+        {"stage": "semantic", "steps": 2, "batch_size": 4, "trains": ["projector", "language_model"], "losses": {"tokenizer_weight": 0}}
+    ]
+    Run(recipe_from(arm), tmp_path / "arm").train()
+    model, _ = load_model(tmp_path / "arm")
+    base, _ = load_model(tmp_path / "base" / "stages" / "1-align")
+    assert model.index_embedding is not None
+    codebook = base.vision_tokenizer.quantize.codebook
+    assert torch.equal(model.vision_tokenizer.quantize.codebook, codebook)
+    assert not torch.equal(model.index_embedding.weight, codebook)
+    torch.testing.assert_close(model.index_embedding.weight, codebook, rtol=0, atol=1e-2)
+
+
+def test_recipe_json_of_a_run_is_plain_yaml(toy_recipe: dict[str, Any]) -> None:
+    text = dump_recipe(recipe_from(toy_recipe))
+    assert yaml.safe_load(text)["stages"][2]["stage"] == "semantic"
+    assert json.dumps(yaml.safe_load(text))
