@@ -31,6 +31,7 @@ _NAMES = {
 __all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604  # names of `_NAMES`, strings all
 
 if TYPE_CHECKING:
+    # ruff: noqa: F401  # what a type checker sees behind __getattr__
     from ett.errors import UserError
     from ett.evaluate.run import evaluate
     from ett.experiments.recipe import load_recipe

@@ -66,9 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    sub = add("train", _train, "train the stages of a recipe", "ett train quickstart stages.semantic.steps=50 --out runs/mine")
+    sub = add(
+        "train", _train, "train the stages of a recipe", "ett train quickstart stages.semantic.steps=50 --out runs/mine"
+    )
     sub.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    sub.add_argument("overrides", metavar="key=value", nargs="*", help="dotted override, for example model.image_size=96")
+    sub.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="dotted override, for example model.image_size=96"
+    )
     _add_run_options(sub)
 
     sub = add("demo", _demo, "the quickstart recipe, evaluated and reported", "ett demo --out runs/demo")
@@ -76,7 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_options(sub)
 
     sub = add(
-        "evaluate", _evaluate, "measure a model on built-in data or a manifest", "ett evaluate runs/demo --json figures.json"
+        "evaluate",
+        _evaluate,
+        "measure a model on built-in data or a manifest",
+        "ett evaluate runs/demo --json figures.json",
     )
     _add_model(sub)
     sub.add_argument("--tasks", metavar="NAMES", help="comma-separated: loss, answers, naming, reconstruction")
@@ -102,13 +109,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(sub)
     sub.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
     sub.add_argument("--out", metavar="DIR", type=Path, required=True)
-    sub.add_argument("--size", type=_positive, help="side that pictures are fitted to [pixels]; default: the model's own")
+    sub.add_argument(
+        "--size", type=_positive, help="side that pictures are fitted to [pixels]; default: the model's own"
+    )
     sub.add_argument("--compare", action="store_true", help="also write original and reconstruction side by side")
 
     sub = add("tokenize", _tokenize, "a picture's codebook indices", "ett tokenize runs/demo cat.png --json")
     _add_model(sub)
     sub.add_argument("image", metavar="IMAGE", type=Path)
-    sub.add_argument("--size", type=_positive, help="side that the picture is fitted to [pixels]; default: the model's own")
+    sub.add_argument(
+        "--size", type=_positive, help="side that the picture is fitted to [pixels]; default: the model's own"
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a grid")
 
     sub = add("report", _report, "write a run's report.html", "ett report runs/demo")
@@ -214,7 +225,9 @@ def _chat(arguments: argparse.Namespace) -> int:
     image = load_image(arguments.image)
     model, _, processor = load_for_evaluation(resolve_model_folder(arguments.model))
     if model is None:
-        raise ModelError(f"{arguments.model} holds a vision tokenizer alone; chatting needs a model with a language model.")
+        raise ModelError(
+            f"{arguments.model} holds a vision tokenizer alone; chatting needs a model with a language model."
+        )
     live = sys.stdout.isatty()
     show: Callable[[str], None] | None = (lambda piece: print(piece, end="", flush=True)) if live else None
     text = answer(model, processor, [image], arguments.question, max_new_tokens=arguments.max_new_tokens, on_text=show)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ett.errors import RecipeError, unknown
 
@@ -31,7 +31,7 @@ def from_mapping(cls: type[T], given: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(given, Mapping):
         raise RecipeError(f"{where or 'The configuration'} must be a mapping of names to values, got {_show(given)}.")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]  # T is a dataclass by contract
-    hints = _hints(cls)
+    hints = _hints(cast(Hashable, cls))
     values: dict[str, Any] = {}
     for key, value in given.items():
         path = f"{where}.{key}" if where else str(key)
@@ -68,7 +68,7 @@ def require(condition: bool, field: str, value: object, allowed: str) -> None:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Hashable) -> dict[str, Any]:
     return get_type_hints(cls)
 
 

@@ -34,7 +34,9 @@ def imported_rooms(path: Path) -> set[str]:
         names: list[str] = []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names if node.module == "ett"]
+            names = [node.module or ""] + [
+                f"{node.module}.{alias.name}" for alias in node.names if node.module == "ett"
+            ]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         found |= {name.split(".")[1] for name in names if name.startswith("ett.")}

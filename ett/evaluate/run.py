@@ -149,7 +149,7 @@ def load_for_evaluation(
     Args:
         folder: written by `save_pretrained` of a model, with its processor, or of a vision tokenizer.
         image_size: side of the pictures [pixels] for a tokenizer alone; None takes ``preprocessor_config.json`` beside
-            it, or else `DEFAULT_SIZE` rounded to whole tokens. A complete model has its own, which cannot be changed here.
+            it, or else `DEFAULT_SIZE` rounded to whole tokens. A complete model has its own size.
 
     Raises:
         ModelError: neither is there, a damaged file, or a size that does not divide into tokens.
@@ -170,8 +170,8 @@ def load_for_evaluation(
         return model, tokenizer, processor
     if not (directory / CONFIG_NAME).is_file():
         raise ModelError(
-            f"{directory} holds neither a model nor a vision tokenizer saved by ett (it has no {CONFIG_NAME}). Give the "
-            "folder of a run, or one written by save_pretrained."
+            f"{directory} holds neither a model nor a vision tokenizer saved by ett (it has no {CONFIG_NAME}). Give "
+            "the folder of a run, or one written by save_pretrained."
         )
     alone = VisionTokenizer.from_pretrained(directory)
     images = _image_processor(directory, alone, image_size)

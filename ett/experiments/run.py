@@ -142,7 +142,9 @@ class Run:
     def _stage_data(self, config: StageConfig, processor: EttProcessor) -> StageData:
         mixture = build_mixture(config.data or self.recipe.data, self.recipe.seed)
         evaluation = self.recipe.evaluation
-        held = validation_mixture(evaluation.data or config.data or self.recipe.data, evaluation.split, self.recipe.seed)
+        held = validation_mixture(
+            evaluation.data or config.data or self.recipe.data, evaluation.split, self.recipe.seed
+        )
         validation = encode_all(held, evaluation.limit, processor, config.max_length) if held is not None else []
         return StageData(mixture, validation, processor, self.recipe.num_workers)
 
@@ -187,7 +189,9 @@ class Run:
             )
         if occupied and overwrite:
             if not (self.out / RECIPE_NAME).is_file():
-                raise RecipeError(f"{self.out} is not a run's folder (no {RECIPE_NAME}), so it is not deleted. Empty it yourself.")
+                raise RecipeError(
+                    f"{self.out} is not a run's folder (no {RECIPE_NAME}), so it is not deleted. Empty it yourself."
+                )
             shutil.rmtree(self.out)
         written = self.out / RECIPE_NAME
         if written.is_file():
@@ -257,8 +261,12 @@ def resolve_model_folder(path: Path) -> Path:
 
 def report_interruption(error: Interrupted, words: Sequence[str], out: Path, command: str = "train") -> None:
     """Tell how to go on: the same command, with ``--resume``."""
-    line = " ".join(["ett", command, *(shlex.quote(word) for word in words), "--out", shlex.quote(str(out)), "--resume"])
-    print(f"\nStopped after step {error.step}; everything up to there is saved. Continue with:\n  {line}", file=sys.stderr)
+    line = " ".join(
+        ["ett", command, *(shlex.quote(word) for word in words), "--out", shlex.quote(str(out)), "--resume"]
+    )
+    print(
+        f"\nStopped after step {error.step}; everything up to there is saved. Continue with:\n  {line}", file=sys.stderr
+    )
 
 
 def train(recipe: Recipe, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:

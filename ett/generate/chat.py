@@ -89,7 +89,7 @@ def prompts(processor: EttProcessor, examples: Sequence[Example]) -> Batch:
 
 def stop_ids(model: EttForConditionalGeneration, processor: EttProcessor) -> list[int]:
     """Tokens that end an answer: the language model's, the text tokenizer's, and the special token that the chat
-    template puts behind an answer (base models are often trained to chat with one that is not their end of sequence)."""
+    template puts behind an answer. (Base models are often taught to chat with one that is not their own end.)"""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     found = configured if isinstance(configured, list) else [configured]
     found = [*found, processor.tokenizer.eos_token_id]
@@ -128,7 +128,7 @@ def _generate(
             "shorter question."
         )
     # what decides the text is said here, so that settings saved with a language model cannot change it
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not type it
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens if not isinstance(room, int) else min(max_new_tokens, room - length),
         do_sample=temperature > 0,
         num_beams=1,

@@ -46,8 +46,8 @@ def ssim(first: Tensor, second: Tensor, box: Box | None = None) -> float:
     """Structural similarity of two pictures, in [-1, 1], 1 for equal ones.
 
     Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural similarity",
-    2004: Gaussian window of 11 x 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03, over the places where the window fits, for each
-    colour channel and averaged. In a picture smaller than the window, the largest odd window that fits is used.
+    2004: Gaussian window of 11 x 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03, over the places where the window fits, for
+    each colour channel and averaged. In a picture smaller than the window, the largest odd window that fits is used.
 
     Args:
         first, second: float[3, H, W] in [-1, 1]; compared in [0, 1] (data range 1).

@@ -142,7 +142,8 @@ def tokenize_picture(tokenizer: VisionTokenizer, size: int | EttImageProcessor, 
 
     Returns:
         ``indices`` ([h][w] whole numbers in [0, codebook_size)), ``codebook_size``, ``downsample`` (pixels per token
-        side), ``height`` and ``width`` of the canvas [pixels], and ``box`` ([left, top, right, bottom], where the picture lies on it).
+        side), ``height`` and ``width`` of the canvas [pixels], and ``box`` ([left, top, right, bottom],
+        where the picture lies on it).
 
     Raises:
         DataError: a picture that cannot be read. ModelError: a size that does not divide into tokens.

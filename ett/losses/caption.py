@@ -30,9 +30,7 @@ def caption_loss(logits: Tensor, targets: Tensor, num_supervised: Tensor | float
     Returns:
         float32[] in nats per token; 0 where nothing is supervised.
     """
-    total = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     if num_supervised is None:
         num_supervised = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return total / num_supervised

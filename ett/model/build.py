@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from ett.model.smollm2 import NAME as SMOLLM2
 from ett.model.smollm2 import prepare_smollm2
 from ett.model.text import CHAT_TEMPLATES, add_image_token, byte_tokenizer
 from ett.tokenizers import VisionTokenizer
+from ett.tokenizers.base import channels_last
 
 SHIPPED_WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 """Small trained parts that come with the package."""
@@ -115,7 +116,9 @@ def find_weights(path: str | Path) -> Path:
     if str(path) == given.name and shipped.is_dir():
         return shipped
     known = sorted(p.name for p in SHIPPED_WEIGHTS.iterdir() if p.is_dir()) if SHIPPED_WEIGHTS.is_dir() else []
-    raise ModelError(f"There is no folder {str(path)!r}. Give a saved model's or tokenizer's, or a shipped one: {', '.join(known)}.")
+    raise ModelError(
+        f"There is no folder {str(path)!r}. Give a saved model's or tokenizer's, or a shipped one: {', '.join(known)}."
+    )
 
 
 def load_vision_tokenizer(directory: Path) -> VisionTokenizer:
@@ -198,9 +201,7 @@ def build_processor(
     )
 
 
-def build_model(
-    spec: ModelSpec, vision_tokenizer: VisionTokenizer
-) -> tuple[EttForConditionalGeneration, EttProcessor]:
+def build_model(spec: ModelSpec, vision_tokenizer: VisionTokenizer) -> tuple[EttForConditionalGeneration, EttProcessor]:
     """The model around `vision_tokenizer`, in float32, and its processor."""
     if spec.language_model is None:
         raise RecipeError("This stage trains through a language model: the recipe needs model.language_model.")
@@ -229,7 +230,8 @@ def load_model(directory: Path) -> tuple[EttForConditionalGeneration, EttProcess
     if not is_saved_model(directory):
         raise ModelError(f"{directory} holds no model saved by ett (it has no processor_config.json).")
     try:
-        model, report = EttForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
+        loaded: Any = EttForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
+        model, report = cast(tuple[EttForConditionalGeneration, dict[str, Any]], loaded)
         processor = EttProcessor.from_pretrained(directory)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model in {directory} cannot be loaded: {_first_line(error)}") from error
@@ -239,5 +241,5 @@ def load_model(directory: Path) -> tuple[EttForConditionalGeneration, EttProcess
             f"The weights in {directory} belong to another architecture: {len(wrong)} tensors do not fit "
             f"({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})."
         )
-    model.vision_tokenizer.to(memory_format=torch.channels_last)
+    channels_last(model.vision_tokenizer)
     return model.eval(), processor

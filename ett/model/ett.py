@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ett.losses.caption import caption_loss, next_token_labels, supervised_columns
 from ett.losses.joint import LossConfig, tokenizer_loss, tokenizer_losses
@@ -54,7 +54,7 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config: EttConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012  # read by transformers as a plain class attribute
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -83,9 +83,7 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `PreTrainedModel`. The library's default would overwrite them with N(0, 0.02)."""
 
     @classmethod
-    def from_parts(
-        cls, config: EttConfig, vision_tokenizer: VisionTokenizer, language_model: PreTrainedModel
-    ) -> Self:
+    def from_parts(cls, config: EttConfig, vision_tokenizer: VisionTokenizer, language_model: PreTrainedModel) -> Self:
         """A model around given parts, used as they are, with a fresh projector.
 
         The index table, where there is one, starts as a copy of the codebook, so that "index" and "embedding" compute the
@@ -100,7 +98,9 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.language_model = language_model
         if config.lora is not None:
             inject_lora(language_model, config.lora)
-        model.projector = Projector(config.projector_config, vision_tokenizer.codebook_dim, config.text_config.hidden_size)
+        model.projector = Projector(
+            config.projector_config, vision_tokenizer.codebook_dim, config.text_config.hidden_size
+        )
         if config.visual_input == "index":
             model.index_embedding = nn.Embedding.from_pretrained(
                 vision_tokenizer.quantize.codebook.detach().clone(), freeze=False
@@ -196,7 +196,12 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError("Give input_ids or inputs_embeds.")
             visual = None if quantized is None else self.visual_embeddings(quantized, weights.caption_reaches_tokenizer)
             inputs_embeds = self.embed(input_ids, visual)
-        if position_ids is None and past_key_values is None and attention_mask is not None and attention_mask.dim() == 2:
+        if (
+            position_ids is None
+            and past_key_values is None
+            and attention_mask is not None
+            and attention_mask.dim() == 2
+        ):
             position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -230,7 +235,7 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             reconstruction=reconstruction,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # one argument more; the rest goes through kwargs
         self,
         input_ids: Tensor,
         past_key_values: Cache | None = None,
@@ -238,8 +243,11 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]  # typed for a protocol
+            cast(torch.LongTensor, input_ids),
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         # pictures are read once, with the prompt; later steps find them in the cache
         if is_first_iteration or not kwargs.get("use_cache", True):

@@ -47,9 +47,6 @@ class EttImageProcessor(BaseImageProcessor):
         fitted = fit(image, self.height, self.width, self.mode)
         return to_array(fitted.image), fitted.box
 
-    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        return self.preprocess(images, *args, **kwargs)
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -102,7 +99,9 @@ class EttProcessor(ProcessorMixin):
         input_ids, labels = self.tokenize_conversation(example.messages, example.id)
         num_pictures = sum(part["type"] == "image" for message in example.messages for part in message["content"])
         if num_pictures != len(example.images):
-            raise DataError(f"Example {example.id!r} mentions {num_pictures} pictures and brings {len(example.images)}.")
+            raise DataError(
+                f"Example {example.id!r} mentions {num_pictures} pictures and brings {len(example.images)}."
+            )
         if max_length is not None and len(input_ids) > max_length:
             cut, lost = labels[:max_length], input_ids[max_length:]
             if self.image_token_id in lost or all(label == IGNORE_INDEX for label in cut):
@@ -209,6 +208,7 @@ class EttProcessor(ProcessorMixin):
     def _render(self, flat: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if not flat:
             return ""
+        assert isinstance(self.chat_template, str)
         rendered = self.tokenizer.apply_chat_template(
             flat, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
@@ -234,9 +234,11 @@ class EttProcessor(ProcessorMixin):
         """transformers' convention: `text` with one `IMAGE_TOKEN` for each picture, and the pictures in order."""
         data: dict[str, Any] = {}
         if images is not None:
-            nested = [image for group in images for image in (group if isinstance(group, list | tuple) else [group])] if (
-                isinstance(images, list | tuple)
-            ) else [images]
+            nested = (
+                [image for group in images for image in (group if isinstance(group, list | tuple) else [group])]
+                if (isinstance(images, list | tuple))
+                else [images]
+            )
             data.update(self.image_processor(nested))
         if text is not None:
             texts = [text] if isinstance(text, str) else text
@@ -248,7 +250,7 @@ class EttProcessor(ProcessorMixin):
             data.update(self.tokenizer(expanded, padding=padding, **kwargs))
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]  # strings or tensors, as the library itself does
         """As in transformers; contents may be text or lists of parts."""
         single = bool(conversation) and isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation

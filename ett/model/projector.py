@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, "depth", self.depth, "at least 1")
-        require(self.hidden_size is None or self.hidden_size >= 1, "hidden_size", self.hidden_size, "at least 1, or null")
+        require(
+            self.hidden_size is None or self.hidden_size >= 1, "hidden_size", self.hidden_size, "at least 1, or null"
+        )
         require(self.merge_size >= 1, "merge_size", self.merge_size, "at least 1")
 
 
@@ -38,7 +41,7 @@ class Projector(nn.Module):
         self.merge_size = config.merge_size
         width = config.hidden_size or hidden_size
         sizes = [codebook_dim * config.merge_size**2, *[width] * (config.depth - 1), hidden_size]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         # pixel_unshuffle merges each n x n block into channels, row by row

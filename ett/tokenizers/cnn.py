@@ -1,8 +1,8 @@
 """The convolutional encoder and decoder of VQGAN and IBQ, with the reference's parameter names.
 
-    L  levels = len(channel_multipliers); level i works at 1 / 2**i of the input's size
-    encoder: conv_in, down.{i}.{block, attn, downsample}, mid, norm_out, conv_out: float[I, 3, H, W] -> float[I, Z, h, w]
-    decoder: conv_in, mid, up.{i}.{block, attn, upsample}, norm_out, conv_out:     float[I, Z, h, w] -> float[I, 3, H, W]
+L  levels = len(channel_multipliers); level i works at 1 / 2**i of the input's size
+encoder: conv_in, down.{i}.{block, attn, downsample}, mid, norm_out, conv_out: float[I, 3, H, W] -> float[I, Z, h, w]
+decoder: conv_in, mid, up.{i}.{block, attn, upsample}, norm_out, conv_out:     float[I, Z, h, w] -> float[I, 3, H, W]
 """
 
 from __future__ import annotations

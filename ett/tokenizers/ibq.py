@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ett.config import require
-from ett.tokenizers.base import Precision, VisionTokenizer
+from ett.tokenizers.base import Precision, VisionTokenizer, channels_last
 from ett.tokenizers.cnn import CNNConfig, Decoder, Encoder
 from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 
@@ -59,7 +58,7 @@ class IBQTokenizer(VisionTokenizer):
         )
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
-        self.to(memory_format=torch.channels_last)
+        channels_last(self)
 
     @property
     def downsample(self) -> int:

@@ -244,7 +244,9 @@ def _to_logit_gradient(logits: Tensor, maxima: Tensor, values: Tensor, entropy: 
         norm += weights.sum(dim=1, keepdim=True)
         dot += torch.linalg.vecdot(weights, values[:, block]).unsqueeze(1)
         if entropy is not None and support is None:
-            mean_c += torch.linalg.vecdot(*entropy.parts(logits[:, block], maxima, entropy.log_mean[block])).unsqueeze(1)
+            mean_c += torch.linalg.vecdot(*entropy.parts(logits[:, block], maxima, entropy.log_mean[block])).unsqueeze(
+                1
+            )
     dot /= norm
     log_norm = maxima + norm.log()
     for block in _blocks(logits):

@@ -90,7 +90,9 @@ class IndexBackpropagationQuantizer(Quantizer):
         self.entropy_temperature = entropy_temperature
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         nn.init.normal_(self.embedding.weight, std=REFERENCE_LOGIT_STD / codebook_dim**0.5)
-        self.log_scale = nn.Parameter(torch.tensor(REFERENCE_LOGIT_STD * codebook_dim**0.5).log()) if normalize else None
+        self.log_scale = (
+            nn.Parameter(torch.tensor(REFERENCE_LOGIT_STD * codebook_dim**0.5).log()) if normalize else None
+        )
 
     @property
     def codebook(self) -> Tensor:
@@ -120,7 +122,9 @@ class IndexBackpropagationQuantizer(Quantizer):
                 self._query(z), codebook, self.entropy_temperature if entropy else None, all_ranks=distributed
             )
             quantization_loss = (
-                F.mse_loss(found.soft, z) + F.mse_loss(found.hard.detach(), z) + BETA * F.mse_loss(found.hard, z.detach())
+                F.mse_loss(found.soft, z)
+                + F.mse_loss(found.hard.detach(), z)
+                + BETA * F.mse_loss(found.hard, z.detach())
             )
         batch, _, height, width = features.shape
         return Quantized(

@@ -58,7 +58,13 @@ class RunLog:
         images_per_second: float,
     ) -> None:
         self._write(
-            "step", stage, step, losses=losses, grad_norm=grad_norm, learning_rates=rates, images_per_second=images_per_second
+            "step",
+            stage,
+            step,
+            losses=losses,
+            grad_norm=grad_norm,
+            learning_rates=rates,
+            images_per_second=images_per_second,
         )
         numbers = {**losses, "grad_norm": grad_norm, "images_per_second": images_per_second}
         self._track({f"{stage}/train/{name}": value for name, value in numbers.items()}, step)

@@ -149,9 +149,9 @@ class Stage:
             objective = JointObjective(model)
             parts = _modules_by_part(model)
         self.micro_batch, self.accumulation = _micro_batches(config, accelerator.num_processes)
-        self.optimizer = build_optimizer(parts, config.optimizer)
         self.step = 0
-        self.objective, self.optimizer = accelerator.prepare(objective, self.optimizer)
+        self.objective: nn.Module
+        self.objective, self.optimizer = accelerator.prepare(objective, build_optimizer(parts, config.optimizer))
 
     def resume(self) -> None:
         """Continue from this stage's newest checkpoint, if there is one."""
@@ -175,7 +175,13 @@ class Stage:
         """
         config = self.config
         bar = tqdm(
-            total=config.steps, initial=self.step, desc=self.name, unit="step", disable=None, dynamic_ncols=True, leave=True
+            total=config.steps,
+            initial=self.step,
+            desc=self.name,
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
+            leave=True,
         )
         with _signals() as received, bar:
             batches = self._batches()
@@ -228,7 +234,10 @@ class Stage:
         """(terms averaged over the step, gradient norm before clipping)."""
         world = self.accelerator.num_processes
         counts = torch.tensor(
-            [sum(batch.num_supervised for batch in micro_batches), sum(len(batch.pixel_values) for batch in micro_batches)],
+            [
+                sum(batch.num_supervised for batch in micro_batches),
+                sum(len(batch.pixel_values) for batch in micro_batches),
+            ],
             device=self.accelerator.device,
         )
         if world > 1:
@@ -244,7 +253,9 @@ class Stage:
             for name, value in {"loss": loss, **losses}.items():
                 factor = 1.0 if name in ("loss", "caption_loss") else shares.images
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() * factor
-        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.optimizer.max_grad_norm or math.inf)
+        norm = self.accelerator.clip_grad_norm_(
+            self.objective.parameters(), self.config.optimizer.max_grad_norm or math.inf
+        )
         norm_value = float(norm) if norm is not None else 0.0
         if not math.isfinite(norm_value):
             self._refuse(totals, norm_value)
@@ -331,9 +342,9 @@ def encode_all(mixture: Mixture, count: int, processor: EttProcessor, max_length
     return [processor.encode(mixture[draw], max_length) for draw in range(count)]
 
 
-def _modules_by_part(model: EttForConditionalGeneration) -> Mapping[str, nn.Module] | dict[str, nn.Module]:
+def _modules_by_part(model: EttForConditionalGeneration) -> dict[str, nn.Module]:
     projector = [model.projector] if model.index_embedding is None else [model.projector, model.index_embedding]
-    parts = {
+    parts: dict[str, nn.Module] = {
         "vision_tokenizer": model.vision_tokenizer,
         "projector": nn.ModuleList(projector),
         "language_model": model.language_model,
@@ -360,10 +371,13 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
+        restore()
+
+    def restore() -> None:
         for each, handler in previous.items():
             signal.signal(each, handler)
 
-    previous: dict[int, Callable[..., Any] | int | None] = {}
+    previous: dict[signal.Signals, Callable[..., Any] | int | None] = {}
     try:
         for each in (signal.SIGINT, signal.SIGTERM):
             previous[each] = signal.signal(each, note)
@@ -373,8 +387,7 @@ def _signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        restore()
 
 
 def _postfix(values: Mapping[str, float], rate: float) -> str:

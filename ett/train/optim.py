@@ -41,12 +41,19 @@ class OptimizerConfig:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         for part, rate in self.learning_rates.items():
             if part not in ("vision_tokenizer", "projector", "language_model"):
-                raise RecipeError(unknown("part in learning_rates", part, ("vision_tokenizer", "projector", "language_model")))
+                raise RecipeError(
+                    unknown("part in learning_rates", part, ("vision_tokenizer", "projector", "language_model"))
+                )
             require(rate > 0, f"learning_rates.{part}", rate, "above 0")
         require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
         require(self.eps > 0, "eps", self.eps, "above 0")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0, or null")
+        require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "max_grad_norm",
+            self.max_grad_norm,
+            "above 0, or null",
+        )
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
         require(0 <= self.final_ratio <= 1, "final_ratio", self.final_ratio, "in [0, 1]")
 

@@ -76,7 +76,9 @@ class StageConfig:
         if self.trains is not None:
             require(len(self.trains) >= 1, "trains", self.trains, "a non-empty list of parts")
             if self.stage == "tokenizer" and self.trains != ("vision_tokenizer",):
-                raise RecipeError("The tokenizer stage trains the vision tokenizer and nothing else; leave `trains` out.")
+                raise RecipeError(
+                    "The tokenizer stage trains the vision tokenizer and nothing else; leave `trains` out."
+                )
         if self.data is not None:
             require(len(self.data) >= 1, "data", self.data, "a non-empty list of sources")
 

@@ -235,10 +235,13 @@ def test_accumulation_does_not_change_the_result(toy_recipe: dict[str, Any], tmp
         Run(recipe_from(toy_recipe), tmp_path / str(micro)).train()
         models.append(load_model(tmp_path / str(micro))[0])
     logs = [
-        [e["losses"]["caption_loss"] for e in read_log(tmp_path / m / "log.jsonl") if e["event"] == "step"] for m in ("4", "2")
+        [e["losses"]["caption_loss"] for e in read_log(tmp_path / m / "log.jsonl") if e["event"] == "step"]
+        for m in ("4", "2")
     ]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
-    for (name, a), b in zip(models[0].language_model.named_parameters(), models[1].language_model.parameters(), strict=True):
+    for (name, a), b in zip(
+        models[0].language_model.named_parameters(), models[1].language_model.parameters(), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4, msg=name)
 
 
@@ -264,7 +267,7 @@ def test_folders_are_not_overwritten_by_accident(toy_recipe: dict[str, Any], tmp
     toy_recipe["stages"] = [{"stage": "tokenizer", "steps": 1, "batch_size": 2}]
     recipe, out = recipe_from(toy_recipe), tmp_path / "run"
     Run(recipe, out).train()
-    with pytest.raises(RecipeError, match="--resume, replace it with --overwrite"):
+    with pytest.raises(RecipeError, match=r"--resume, replace it with --overwrite"):
         Run(recipe, out)
     toy_recipe["seed"] = 5
     with pytest.raises(RecipeError, match="started with another recipe .*seed: 5"):
@@ -285,7 +288,13 @@ def test_starting_from_a_saved_model(toy_recipe: dict[str, Any], tmp_path: Path)
     arm = {**toy_recipe, "model": {"image_size": 32, "init": str(tmp_path / "base" / "stages" / "1-align")}}
     arm["model"]["visual_input"] = "index"
     arm["stages"] = [
-        {"stage": "semantic", "steps": 2, "batch_size": 4, "trains": ["projector", "language_model"], "losses": {"tokenizer_weight": 0}}
+        {
+            "stage": "semantic",
+            "steps": 2,
+            "batch_size": 4,
+            "trains": ["projector", "language_model"],
+            "losses": {"tokenizer_weight": 0},
+        }
     ]
     Run(recipe_from(arm), tmp_path / "arm").train()
     model, _ = load_model(tmp_path / "arm")

@@ -157,9 +157,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     items = [processor.encode(example) for example in examples()[:2]]
     whole = processor.collate(items)
     parts = [processor.collate([item]) for item in items]
-    total = sum(
-        model(**inputs(part), num_items_in_batch=whole.num_supervised).losses["caption_loss"] for part in parts
-    )
+    total = sum(model(**inputs(part), num_items_in_batch=whole.num_supervised).losses["caption_loss"] for part in parts)
     torch.testing.assert_close(total, model(**inputs(whole)).losses["caption_loss"])
 
 
@@ -184,7 +182,11 @@ torch.save(model(**inputs).logits, sys.argv[3])
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"visual_input": "index"}, {"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}}],
+    [
+        {},
+        {"visual_input": "index"},
+        {"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}},
+    ],
 )
 def test_saved_model_is_bit_equal_in_a_new_process(changes: dict[str, Any], tmp_path: Path) -> None:
     model, processor = build("qwen2", **changes)

@@ -32,7 +32,8 @@ def test_reference_layout_name_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("multipliers", "blocks", "attention"), [((1,), 1, ()), ((1, 2), 2, (-1,)), ((2, 1, 3, 1), 1, (0, 2)), ((1, 1, 1, 1, 2), 1, (-1,))]
+    ("multipliers", "blocks", "attention"),
+    [((1,), 1, ()), ((1, 2), 2, (-1,)), ((2, 1, 3, 1), 1, (0, 2)), ((1, 1, 1, 1, 2), 1, (-1,))],
 )
 def test_any_depth_and_width(multipliers: tuple[int, ...], blocks: int, attention: tuple[int, ...]) -> None:
     config = IBQConfig(

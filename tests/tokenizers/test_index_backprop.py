@@ -227,7 +227,9 @@ def _fsdp_worker(rank: int, folder: str) -> None:
         mesh = dist.init_device_mesh("cpu", (WORLD,))
         if guarded:
             shard_quantizer(quantizer, mesh)
-        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False))
+        fully_shard(
+            model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+        )
         if guarded:
             out = model(inputs["features"].float())
             out.embeddings.sum().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_schedule() -> None:
     assert factors[0] == 0.25
     assert factors[2] == 0.75
     assert factors[3] == 1.0
-    assert all(a > b for a, b in zip(factors[3:], factors[4:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[3:]))
     assert schedule_factor(config, 100, 100) == pytest.approx(0.1)
     assert schedule_factor(config, 3 + 97 // 2, 100) == pytest.approx(0.55, abs=0.01)
     assert schedule_factor(OptimizerConfig(schedule="constant"), 99, 100) == 1.0

@@ -1,0 +1,303 @@
+"""A run as one page that needs no network: what was run, how the losses went, what came out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from ett.errors import UserError
+from ett.evaluate.charts import Series, line_chart, number
+from ett.evaluate.metrics import exact_match
+from ett.evaluate.page import DESCRIPTIONS, page
+from ett.evaluate.run_folder import (
+    RECIPE_NAME,
+    Pictures,
+    RunFacts,
+    keep_pictures,
+    kept_pictures,
+    read_run,
+    write_whole,
+)
+
+REPORT_NAME, SUMMARY_NAME = "report.html", "report.json"
+NUM_SAMPLES = 8
+"""Right and wrong answers shown, of each kind, for each evaluation."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def write_report(run_folder: str | Path, pictures: Pictures | None = None) -> Path:
+    """Write ``report.html`` and ``report.json`` into a run's folder, from its recipe, log and ``evaluation*.json`` files.
+
+    Args:
+        run_folder: written by `ett train` or `ett demo`.
+        pictures: originals with their reconstructions; they are kept in the folder (``samples.json``, ``samples/``), so
+            that a later report shows them again. None shows what is kept there.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        UserError: no run's folder, or a file in it that cannot be read or written.
+    """
+    folder = Path(run_folder)
+    facts = read_run(folder)
+    try:
+        if pictures is not None:
+            keep_pictures(folder, pictures)
+        shown = kept_pictures(folder) if pictures is None else pictures
+        summary = json.dumps(summarize(facts), indent=1, ensure_ascii=False, allow_nan=False)
+        write_whole(folder / SUMMARY_NAME, summary + "\n")
+        write_whole(folder / REPORT_NAME, render(facts, shown))
+    except OSError as error:
+        raise UserError(f"The report in {folder} cannot be written: {error.strerror or error}.") from error
+    return folder / REPORT_NAME
+
+
+def summarize(facts: RunFacts) -> dict[str, Any]:
+    """``report.json``: of each stage steps, seconds, last losses and gradient norms; every evaluation's metrics."""
+    return {
+        "name": facts.name,
+        "stages": {name: _stage_summary(facts, name) for name in facts.stage_names},
+        "evaluations": {name: dict(content["metrics"]) for name, content in facts.evaluations.items()},
+    }
+
+
+def _stage_summary(facts: RunFacts, stage: str) -> dict[str, Any]:
+    steps = facts.of(stage, "step")
+    validations = facts.of(stage, "validation")
+    reaches = facts.of(stage, "reach")
+    times = [float(event["time"]) for event in facts.events if event["stage"] == stage and "time" in event]
+    return {
+        "steps": max((int(event["step"]) for event in steps), default=0),
+        "seconds": round(max(times) - min(times), 1) if times else 0.0,
+        "training": _finite(steps[-1].get("losses", {})) if steps else {},
+        "validation": _finite(validations[-1].get("losses", {})) if validations else {},
+        "caption_gradient_norms": _finite(reaches[-1].get("caption_gradient_norms", {})) if reaches else {},
+    }
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def render(facts: RunFacts, pictures: Pictures) -> str:
+    """The page's HTML."""
+    sections = [
+        ("What was run", _what_was_run(facts)),
+        ("Results", "".join(_evaluation_table(name, content) for name, content in facts.evaluations.items())),
+        ("Answers", "".join(_samples(name, content) for name, content in facts.evaluations.items())),
+        ("Pictures through the tokenizer", _pictures(pictures)),
+        ("Losses", "".join(_stage_charts(facts, stage) for stage in facts.stage_names)),
+        ("Where the caption loss reaches", _reach_table(facts)),
+        ("Recipe", f"<details><summary>{RECIPE_NAME}</summary><pre>{_safe(facts.recipe_text)}</pre></details>"),
+    ]
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
+    return page(_safe(facts.name), body)
+
+
+def _what_was_run(facts: RunFacts) -> str:
+    model = facts.recipe.get("model")
+    model = model if isinstance(model, Mapping) else {}
+    language_model = model.get("language_model")
+    language_model = language_model if isinstance(language_model, Mapping) else {}
+    config = language_model.get("config")
+    named = language_model.get("path") or (config.get("model_type") if isinstance(config, Mapping) else None)
+    pairs = {
+        "Pictures": f"{model.get('image_size')} px" if model.get("image_size") else None,
+        "Visual input": model.get("visual_input"),
+        "Language model": named,
+        "Precision": facts.recipe.get("mixed_precision"),
+        "Seed": facts.recipe.get("seed"),
+    }
+    items = "".join(f"<div><dt>{k}</dt><dd>{_safe(v)}</dd></div>" for k, v in pairs.items() if v is not None)
+    rows = []
+    configured = facts.recipe.get("stages")
+    configured = [s for s in configured if isinstance(s, Mapping)] if isinstance(configured, list) else []
+    names = _configured_names(configured)
+    for name in dict.fromkeys([*names, *facts.stage_names]):
+        config = configured[names.index(name)] if name in names else {}
+        summary = _stage_summary(facts, name)
+        rates = _last_peak(facts.of(name, "step"))
+        trains = config.get("trains") or list(rates)
+        rows.append(
+            [
+                _safe(name),
+                f"{summary['steps']} of {_safe(config.get('steps', '?'))}",
+                _safe(config.get("batch_size", "")),
+                "<br>".join(_words(part) for part in trains),
+                "<br>".join(f"{_words(part)} {number(rate)}" for part, rate in rates.items()),
+                _duration(summary["seconds"]),
+            ]
+        )
+    table = _table(["Stage", "Steps", "Batch", "Trains", "Peak learning rate", "Time"], rows, numeric=(1, 2, 5))
+    return f"<dl>{items}</dl>{table if rows else ''}"
+
+
+def _configured_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names as the log has them: the kind, numbered where it comes again."""
+    names: list[str] = []
+    kinds = [str(stage.get("stage", "stage")) for stage in stages]
+    for i, kind in enumerate(kinds):
+        earlier = kinds[:i].count(kind)
+        names.append(kind if earlier == 0 else f"{kind}-{earlier + 1}")
+    return names
+
+
+def _last_peak(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    peaks: dict[str, float] = {}
+    for event in steps:
+        for part, rate in _finite(event.get("learning_rates", {})).items():
+            peaks[part] = max(rate, peaks.get(part, 0.0))
+    return peaks
+
+
+def _stage_charts(facts: RunFacts, stage: str) -> str:
+    steps, validations = facts.of(stage, "step"), facts.of(stage, "validation")
+    terms = dict.fromkeys(name for event in [*steps, *validations] for name in event.get("losses", {}))
+    charts = [
+        line_chart(
+            _title(term),
+            [
+                Series("training", _points(steps, term)),
+                Series("validation", _points(validations, term)),
+            ],
+            "step",
+            DESCRIPTIONS.get(term, ("", "", ""))[1],
+        )
+        for term in terms
+    ]
+    norms = [(float(e["step"]), float(e["grad_norm"])) for e in steps if isinstance(e.get("grad_norm"), int | float)]
+    charts.append(line_chart("Gradient norm", [Series("before clipping", norms)], "step", ""))
+    drawn = "".join(charts)
+    return f'<h3>{_safe(stage)}</h3><div class="charts">{drawn}</div>' if drawn else ""
+
+
+def _points(events: Sequence[Mapping[str, Any]], term: str) -> list[tuple[float, float]]:
+    return [
+        (float(event["step"]), float(event["losses"][term]))
+        for event in events
+        if isinstance(event.get("losses", {}).get(term), int | float)
+    ]
+
+
+def _reach_table(facts: RunFacts) -> str:
+    found = {stage: _stage_summary(facts, stage)["caption_gradient_norms"] for stage in facts.stage_names}
+    parts = list(dict.fromkeys(part for norms in found.values() for part in norms))
+    if not parts:
+        return ""
+    rows = [
+        [_safe(stage), *("frozen" if not norms.get(part) else number(norms[part]) for part in parts)]
+        for stage, norms in found.items()
+        if norms
+    ]
+    note = "<p>Norm of the caption loss's gradient at one weight of each part, at the first step of the stage.</p>"
+    return note + _table(["Stage", *map(_title, parts)], rows, numeric=range(1, len(parts) + 1))
+
+
+def _evaluation_table(name: str, content: Mapping[str, Any]) -> str:
+    """A row for each measure, a column for each source; intervals and numbers of examples below the values."""
+    cells: dict[str, dict[str, str]] = {}
+    for metric, found in content["metrics"].items():
+        source, _, plain = str(metric).rpartition(".")
+        interval, value = found.get("interval"), found.get("value")
+        lines = [
+            f"{number(interval[0])} to {number(interval[1])}" if interval else "",
+            f"n = {_safe(found.get('num_examples', '?'))}",
+        ]
+        below = "".join(f'<br><span class="unit">{line}</span>' for line in lines if line)
+        cells.setdefault(plain, {})[source] = ("–" if value is None else number(float(value))) + below
+    sources = list(dict.fromkeys(source for row in cells.values() for source in row))
+    rows = []
+    for plain, row in cells.items():
+        label, unit, better = DESCRIPTIONS.get(plain, (_title(plain), "", ""))
+        notes = ", ".join(note for note in (unit, better) if note)
+        below = f'<br><span class="unit">{_safe(notes)}</span>' if notes else ""
+        rows.append([_safe(label) + below, *(row.get(source, "–") for source in sources)])
+    table = _table(["Measure", *(_safe(source) or "Value" for source in sources)], rows, range(1, len(sources) + 1))
+    return f"<h3>{_safe(name)}</h3><p class=unit>95 % intervals over examples.</p>{table}"
+
+
+def _samples(name: str, content: Mapping[str, Any]) -> str:
+    pairs = [p for p in content["predictions"] if isinstance(p, Mapping) and p.get("reference") is not None]
+    right = [p for p in pairs if exact_match(str(p.get("prediction", "")), str(p["reference"]))]
+    wrong = [p for p in pairs if not exact_match(str(p.get("prediction", "")), str(p["reference"]))]
+    if not pairs:
+        return ""
+    blocks = []
+    for title, chosen in (("Right", right), ("Wrong", wrong)):
+        rows = [
+            [
+                f'{_safe(p["reference"])}<br><span class="unit">{_safe(p.get("id", ""))}</span>',
+                _safe(p.get("prediction", "")) or "<em>(nothing)</em>",
+            ]
+            for p in _spread(chosen, NUM_SAMPLES)
+        ]
+        table = _table(["Reference", "Answer"], rows) if rows else "<p>None.</p>"
+        blocks.append(f"<div><h4>{title}: {len(chosen)} of {len(pairs)}</h4>{table}</div>")
+    return f'<h3>{_safe(name)}</h3><div class="pair">{"".join(blocks)}</div>'
+
+
+def _pictures(pictures: Pictures) -> str:
+    cards = "".join(
+        f'<figure class="picture"><div>{_image(original, f"{caption}: original")}'
+        f"{_image(reconstruction, f'{caption}: reconstruction')}</div><figcaption>{_safe(caption)}</figcaption></figure>"
+        for caption, original, reconstruction in pictures
+    )
+    return f'<p>Original left, reconstruction right.</p><div class="pictures">{cards}</div>' if cards else ""
+
+
+def _image(image: PIL.Image.Image, alternative: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{_safe(alternative)}">'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
+    """A table of ready HTML cells in a box that scrolls sideways where the screen is narrow."""
+
+    def cells(tag: str, values: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=num' if i in numeric else ''}>{value}</{tag}>" for i, value in enumerate(values)
+        )
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """Up to `count` items at equal distances: samples of every source."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _safe(value: object) -> str:
+    """Text for HTML: escaped, and characters that HTML cannot hold shown as U+FFFD."""
+    return escape(_CONTROL.sub("\ufffd", str(value)))
+
+
+def _words(name: object) -> str:
+    return _safe(str(name).replace("_", " "))
+
+
+def _title(name: str) -> str:
+    return _words(name.capitalize())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
