@@ -28,7 +28,8 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the input is at fault, 130 or 143 stopped by a signal."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    _place_late_words(parser, arguments, rest)
     command: Command | None = getattr(arguments, "command", None)
     if command is None:
         parser.print_help()
@@ -45,6 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nett: stopped.", file=sys.stderr)
         return 130
+
+
+def _place_late_words(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Give words that follow an option to the optional positionals that argparse has closed by then."""
+    if rest and not any(word.startswith("-") for word in rest):
+        if hasattr(arguments, "overrides"):
+            arguments.overrides += rest
+            return
+        if getattr(arguments, "question", "") is None and len(rest) == 1:
+            arguments.question = rest[0]
+            return
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,10 +163,11 @@ def _positive(text: str) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Keep libraries' progress bars and load reports out of our output; their warnings and errors stay."""
+    """Keep libraries' progress bars and load reports out of our output: what went wrong is said once, by us."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _train(arguments: argparse.Namespace) -> int:

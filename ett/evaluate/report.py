@@ -206,24 +206,25 @@ def _reach_table(facts: RunFacts) -> str:
 def _evaluation_table(name: str, content: Mapping[str, Any]) -> str:
     """A row for each measure, a column for each source; intervals and numbers of examples below the values."""
     cells: dict[str, dict[str, str]] = {}
-    for metric, found in content["metrics"].items():
-        source, _, plain = str(metric).rpartition(".")
-        interval, value = found.get("interval"), found.get("value")
-        lines = [
-            f"{number(interval[0])} to {number(interval[1])}" if interval else "",
-            f"n = {_safe(found.get('num_examples', '?'))}",
-        ]
-        below = "".join(f'<br><span class="unit">{line}</span>' for line in lines if line)
+    split = [(*str(metric).rpartition(".")[::2], found) for metric, found in content["metrics"].items()]
+    sizes: dict[str, int] = {}
+    for source, _, found in split:
+        sizes[source] = max(sizes.get(source, 0), int(found.get("num_examples") or 0))
+    for source, plain, found in split:
+        interval, value, size = found.get("interval"), found.get("value"), int(found.get("num_examples") or 0)
+        lines = [f"{number(interval[0])} to {number(interval[1])}"] if interval else []
+        lines += [f"n = {size}"] if size != sizes[source] else []
+        below = "".join(f'<br><span class="unit">{line}</span>' for line in lines)
         cells.setdefault(plain, {})[source] = ("–" if value is None else number(float(value))) + below
-    sources = list(dict.fromkeys(source for row in cells.values() for source in row))
     rows = []
     for plain, row in cells.items():
         label, unit, better = DESCRIPTIONS.get(plain, (_title(plain), "", ""))
         notes = ", ".join(note for note in (unit, better) if note)
         below = f'<br><span class="unit">{_safe(notes)}</span>' if notes else ""
-        rows.append([_safe(label) + below, *(row.get(source, "–") for source in sources)])
-    table = _table(["Measure", *(_safe(source) or "Value" for source in sources)], rows, range(1, len(sources) + 1))
-    return f"<h3>{_safe(name)}</h3><p class=unit>95 % intervals over examples.</p>{table}"
+        rows.append([_safe(label) + below, *(row.get(source, "–") for source in sizes)])
+    heads = [f'{_safe(source) or "Value"}<br><span class="unit">n = {size}</span>' for source, size in sizes.items()]
+    note = '<p class="unit">n examples; below each value its 95 % interval over examples.</p>'
+    return f"<h3>{_safe(name)}</h3>{note}{_table(['Measure', *heads], rows, range(1, len(sizes) + 1))}"
 
 
 def _samples(name: str, content: Mapping[str, Any]) -> str:

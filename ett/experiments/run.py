@@ -11,6 +11,7 @@ path. The folder appears whole or not at all.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from ett.data.mixture import Mixture, SourceConfig, build_mixture
@@ -38,7 +40,7 @@ from ett.model.text import byte_tokenizer
 from ett.tokenizers import VisionTokenizer
 from ett.train.checkpoint import publish
 from ett.train.log import RunLog
-from ett.train.loop import Interrupted, Stage, StageData, encode_all
+from ett.train.loop import Interrupted, Stage, StageData, encode_all, split_batch
 from ett.train.stages import StageConfig
 
 RECIPE_NAME = "recipe.yaml"
@@ -87,6 +89,8 @@ class Run:
             Interrupted: stopped by a signal, after saving.
         """
         recipe = self.recipe
+        # a process may train several recipes; the library keeps the first one's precision for good
+        AcceleratorState._reset_state(reset_partial_state=False)
         accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision, log_with=list(recipe.trackers) or None, project_dir=str(self.out)
         )
@@ -169,6 +173,7 @@ class Run:
         """Find out now what would fail later: data that cannot be opened, paths without a model, sizes that do not divide."""
         for stage in self.recipe.stages:
             build_mixture(stage.data or self.recipe.data, self.recipe.seed)
+            split_batch(stage, int(os.environ.get("WORLD_SIZE", "1")))
         spec = self.recipe.model
         for path in (spec.init, spec.vision_tokenizer.get("path")):
             if path is not None:

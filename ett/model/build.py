@@ -230,12 +230,16 @@ def load_model(directory: Path) -> tuple[EttForConditionalGeneration, EttProcess
     if not is_saved_model(directory):
         raise ModelError(f"{directory} holds no model saved by ett (it has no processor_config.json).")
     try:
-        loaded: Any = EttForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
+        loaded: Any = EttForConditionalGeneration.from_pretrained(
+            # tensors of another shape are reported below, with the rest, and never used
+            directory, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         model, report = cast(tuple[EttForConditionalGeneration, dict[str, Any]], loaded)
         processor = EttProcessor.from_pretrained(directory)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model in {directory} cannot be loaded: {_first_line(error)}") from error
-    wrong = sorted([*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])])
+    reshaped = [key[0] if isinstance(key, tuple) else str(key) for key in report["mismatched_keys"]]
+    wrong = sorted([*report["missing_keys"], *report["unexpected_keys"], *reshaped])
     if wrong:
         raise ModelError(
             f"The weights in {directory} belong to another architecture: {len(wrong)} tensors do not fit "

@@ -148,7 +148,7 @@ class Stage:
                 model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
             objective = JointObjective(model)
             parts = _modules_by_part(model)
-        self.micro_batch, self.accumulation = _micro_batches(config, accelerator.num_processes)
+        self.micro_batch, self.accumulation = split_batch(config, accelerator.num_processes)
         self.step = 0
         self.objective: nn.Module
         self.objective, self.optimizer = accelerator.prepare(objective, build_optimizer(parts, config.optimizer))
@@ -293,6 +293,7 @@ class Stage:
             batch_sampler=sampler,
             collate_fn=_Collate(self.data.processor),
             num_workers=self.data.num_workers,
+            worker_init_fn=_ignore_interrupts,
             # its own generator: a loader otherwise draws its workers' seed from the state that training resumes
             generator=torch.Generator(),
         )
@@ -337,6 +338,11 @@ class _Collate:
         return self.processor.collate(encoded)
 
 
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the loop answers it and ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def encode_all(mixture: Mixture, count: int, processor: EttProcessor, max_length: int | None) -> list[Encoded]:
     """The first `count` draws, encoded; a fixed set for validation."""
     return [processor.encode(mixture[draw], max_length) for draw in range(count)]
@@ -353,7 +359,7 @@ def _modules_by_part(model: EttForConditionalGeneration) -> dict[str, nn.Module]
     return parts
 
 
-def _micro_batches(config: StageConfig, world_size: int) -> tuple[int, int]:
+def split_batch(config: StageConfig, world_size: int) -> tuple[int, int]:
     """(examples per forward on one rank, forwards per step)."""
     micro = config.micro_batch_size or config.batch_size // world_size
     if micro < 1 or config.batch_size % (micro * world_size):

@@ -140,7 +140,8 @@ def _probes(model: EttForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
     yield "encoder", model.vision_tokenizer.encoder_output
     yield "codebook", next(model.vision_tokenizer.quantize.parameters())
     yield "projector", next(model.projector.parameters())
-    adapters = (p for name, p in model.language_model.named_parameters() if is_lora_parameter(name))
+    # of an adapter the factor that starts at 0: the other one gets no gradient until this has moved
+    adapters = (p for name, p in model.language_model.named_parameters() if ".lora_B" in name)
     yield "language_model", next(adapters, next(model.language_model.parameters()))
 
 

@@ -57,6 +57,14 @@ def test_reach_of_the_caption_loss(stage: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_reach_with_fresh_adapters() -> None:
+    """Adapters start as the identity, half of their weights without gradient; the check knows."""
+    model, processor = build(lora={"r": 2, "target_modules": ["q_proj"]})
+    config = StageConfig("semantic", steps=1, batch_size=2)
+    set_trainable(model, config.parts)
+    check_reach(caption_reach(model, encoded(processor), config.loss_config), config, "embedding")
+
+
 def test_a_broken_freeze_is_caught() -> None:
     """The check fails when a declared part gets no gradient, and when a frozen one does."""
     model, processor = build()

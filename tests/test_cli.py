@@ -1,0 +1,179 @@
+"""The command line as a user meets it: examples in the help, one clear message and exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import yaml
+
+from ett.cli import build_parser, main
+from ett.images import load_image
+from ett.train.log import read_log
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def recipe(toy_recipe: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toy_recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def trained(recipe: Path, tmp_path: Path, run: Run) -> Path:
+    code, out, _ = run("train", recipe, "--out", tmp_path / "run")
+    assert code == 0
+    assert out.strip() == str(tmp_path / "run" / "stages" / "3-chat")
+    return tmp_path / "run"
+
+
+def bomb(path: Path) -> Path:
+    """A PNG whose header claims 60,000 x 60,000 pixels."""
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0" * 64
+    )
+    return path
+
+
+def test_every_command_shows_an_example() -> None:
+    (commands,) = [a for a in build_parser()._actions if isinstance(a.choices, dict)]
+    assert set(commands.choices) >= {"train", "evaluate", "chat", "reconstruct", "tokenize", "report", "demo"}  # type: ignore[arg-type]
+    for name, sub in commands.choices.items():  # type: ignore[union-attr]
+        assert f"example:\n  ett {name}" in sub.format_help()
+
+
+def test_help_is_immediate() -> None:
+    """No heavy import: what makes it slow is torch, so torch must not be there."""
+    code = "import sys, ett.cli; ett.cli.build_parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_a_model_from_training_to_answers(trained: Path, pictures: Path, run: Run, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.tif"
+    PIL.Image.fromarray(np.full((7, 300, 4), 90, dtype=np.uint8), mode="CMYK").save(odd)
+    code, out, _ = run("chat", trained, odd, "--max-new-tokens", 4, "What is this?")
+    assert code == 0
+    assert out.endswith("\n")
+    code, out, _ = run("tokenize", trained, odd, "--json")
+    grid = json.loads(out)
+    assert code == 0
+    assert np.array(grid["indices"]).shape == (8, 8)
+    for model in (trained, trained / "stages" / "0-tokenizer"):
+        code, out, _ = run("reconstruct", model, odd, pictures / "3.png", "--out", tmp_path / "rec")
+        assert code == 0
+        assert load_image(tmp_path / "rec" / "odd.png").size == (32, 1)
+        assert load_image(tmp_path / "rec" / "3.png").size == (32, 20)
+        assert out.count("PSNR") == 2
+    figures = tmp_path / "figures.json"
+    code, out, _ = run("evaluate", trained, "--data", pictures / "manifest.jsonl", "--json", figures, "--max-new-tokens", 8)
+    assert code == 0
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    assert {"caption_loss", "exact_match", "character_error_rate", "psnr", "ssim"} <= set(result["metrics"])
+    assert result["metrics"]["psnr"]["num_examples"] == 12
+    assert [p["id"] for p in result["predictions"]] == [f"p{i}" for i in range(12)]
+    assert all(p["reference"] == f"number {i}" and isinstance(p["prediction"], str) for i, p in enumerate(result["predictions"]))
+    code, out, _ = run("report", trained)
+    assert code == 0
+    assert Path(out.strip()).read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_bad_input_ends_in_one_message(trained: Path, recipe: Path, pictures: Path, run: Run, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((pictures / "0.png").read_bytes()[:60])
+    (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text('{"id": 1,\n', encoding="utf-8")
+    line = {"id": "a", "conversations": [{"from": "human", "value": "<image>"}]}
+    (tmp_path / "lacks.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    other = tmp_path / "other"
+    subprocess.run(["cp", "-r", str(trained / "stages" / "3-chat"), str(other)], check=True)
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    config["vision_tokenizer"]["codebook_size"] = 65
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("train", "nowhere.yaml"), "There is no recipe 'nowhere.yaml'"),
+        (("train", recipe, "stages.semantic.stepz=3", "--out", tmp_path / "x"), "Did you mean"),
+        (("train", recipe, "stages.semantic.steps=-3", "--out", tmp_path / "x"), "steps = -3"),
+        (("train", recipe, "model.image_size=33", "--out", tmp_path / "x"), "multiple of 8"),
+        (("train", recipe, "stages.0.batch_size=3", "--out", tmp_path / "x"), "batch_size = 3 does not divide"),
+        (("train", recipe, "data.0.path=missing.jsonl", "--out", tmp_path / "x"), "missing.jsonl"),
+        (("train", recipe, "model.vision_tokenizer={path: nowhere}", "--out", tmp_path / "x"), "'nowhere'"),
+        (("train", recipe, "--out", trained), "--resume"),
+        (("chat", trained, tmp_path / "no.png"), "no.png"),
+        (("chat", trained, broken), "broken.png"),
+        (("chat", trained, bomb(tmp_path / "bomb.png")), "bomb.png"),
+        (("chat", trained / "stages" / "0-tokenizer", pictures / "0.png"), "needs a model with a language model"),
+        (("chat", tmp_path / "nothing", pictures / "0.png"), "nothing"),
+        (("reconstruct", trained, broken, "--out", tmp_path / "r"), "broken.png"),
+        (("evaluate", trained, "--data", tmp_path / "empty.jsonl"), "empty.jsonl"),
+        (("evaluate", trained, "--data", tmp_path / "bad.jsonl"), "bad.jsonl:1"),
+        (("evaluate", trained, "--data", tmp_path / "lacks.jsonl"), "lacks.jsonl:1"),
+        (("evaluate", trained, "--tasks", "anwsers"), "Did you mean 'answers'"),
+        (("evaluate", trained, "--split", "test"), "validation"),
+        (("evaluate", other), "another"),
+        (("report", tmp_path / "nothing"), "nothing"),
+    ]
+    for words, message in cases:
+        code, out, err = run(*words)
+        assert code == 2, (words, err)
+        assert message in err, (words, err)
+        assert "Traceback" not in err
+        assert err.startswith("ett: "), err
+        assert len(err.strip().splitlines()) == 1, err
+        assert out == ""
+    assert not (tmp_path / "x").exists(), "nothing is left behind by a refused run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_from_outside(number: signal.Signals, toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Ctrl-C hits every process of the terminal, the loader's workers too; SIGTERM the main one."""
+    toy_recipe["stages"] = [dict(toy_recipe["stages"][2], steps=5000, checkpoint_every=None)]
+    toy_recipe["num_workers"] = 1
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toy_recipe), encoding="utf-8")
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ett.cli", "train", str(path), "--out", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not ((out / "log.jsonl").exists() and len(read_log(out / "log.jsonl")) > 3):
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"ett train {path} --out {out} --resume" in err
+    assert "Traceback" not in err
+    assert list((out / "checkpoints").glob("semantic-*"))
