@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256, help="D")
     parser.add_argument("--code-std", type=float, default=0.35, help="scale of the codes; features have 1")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=sorted(SIDES), help="one step of one side, print its memory [MiB]: whole, added")
+    parser.add_argument(
+        "--only", choices=sorted(SIDES), help="one step of one side, print its memory [MiB]: whole, added"
+    )
     arguments = parser.parse_args()
     given = inputs(arguments)
     if arguments.only:

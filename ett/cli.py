@@ -205,10 +205,17 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from ett.evaluate.run import evaluate, load_for_evaluation
     from ett.evaluate.sources import builtin_sources, manifest_source
+    from ett.experiments.demo import evaluation_sources, recipe_of
     from ett.experiments.run import resolve_model_folder
 
     _quiet_libraries()
-    sources = manifest_source(arguments.data) if arguments.data else builtin_sources(arguments.split)
+    recipe = recipe_of(arguments.model)
+    if arguments.data:
+        sources = manifest_source(arguments.data)
+    elif recipe is not None:
+        sources = evaluation_sources(recipe, arguments.split)
+    else:
+        sources = builtin_sources(arguments.split)
     tasks = [name.strip() for name in arguments.tasks.split(",")] if arguments.tasks else None
     model, tokenizer, processor = load_for_evaluation(resolve_model_folder(arguments.model))
     result = evaluate(

@@ -85,7 +85,7 @@ def toy_recipe(pictures: Path) -> dict[str, Any]:
             {"stage": stage, "steps": 3, "batch_size": 4, "micro_batch_size": 2, "checkpoint_every": 1, "log_every": 1}
             for stage in ("tokenizer", "align", "semantic", "chat")
         ],
-        "mixed_precision": "no",
+        "precision": "fp32",
         "num_workers": 0,
         "trackers": [],
     }

@@ -92,13 +92,18 @@ def test_a_model_from_training_to_answers(trained: Path, pictures: Path, run: Ru
         assert load_image(tmp_path / "rec" / "3.png").size == (32, 20)
         assert out.count("PSNR") == 2
     figures = tmp_path / "figures.json"
-    code, out, _ = run("evaluate", trained, "--data", pictures / "manifest.jsonl", "--json", figures, "--max-new-tokens", 8)
+    code, out, _ = run(
+        "evaluate", trained, "--data", pictures / "manifest.jsonl", "--json", figures, "--max-new-tokens", 8
+    )
     assert code == 0
     result = json.loads(figures.read_text(encoding="utf-8"))
     assert {"caption_loss", "exact_match", "character_error_rate", "psnr", "ssim"} <= set(result["metrics"])
     assert result["metrics"]["psnr"]["num_examples"] == 12
     assert [p["id"] for p in result["predictions"]] == [f"p{i}" for i in range(12)]
-    assert all(p["reference"] == f"number {i}" and isinstance(p["prediction"], str) for i, p in enumerate(result["predictions"]))
+    assert all(
+        p["reference"] == f"number {i}" and isinstance(p["prediction"], str)
+        for i, p in enumerate(result["predictions"])
+    )
     code, out, _ = run("report", trained)
     assert code == 0
     assert Path(out.strip()).read_text(encoding="utf-8").startswith("<!doctype html>")

@@ -115,7 +115,7 @@ def _what_was_run(facts: RunFacts) -> str:
         "Pictures": f"{model.get('image_size')} px" if model.get("image_size") else None,
         "Visual input": model.get("visual_input"),
         "Language model": named,
-        "Precision": facts.recipe.get("mixed_precision"),
+        "Precision": facts.recipe.get("precision"),
         "Seed": facts.recipe.get("seed"),
     }
     items = "".join(f"<div><dt>{k}</dt><dd>{_safe(v)}</dd></div>" for k, v in pairs.items() if v is not None)

@@ -50,7 +50,7 @@ class Recipe:
         data: the mixture of every stage that names none of its own.
         evaluation: validation during training, and the figures of the report.
         seed: of weights, order of data and dropout.
-        mixed_precision: "bf16" computes the language model in bfloat16 over float32 master weights; "no" in float32.
+        precision: "bf16" computes the language model in bfloat16 over float32 master weights; "fp32" in float32.
         num_workers: loader processes per rank.
         trackers: names that Accelerate knows ("tensorboard", "wandb", ...); empty for none.
     """
@@ -61,7 +61,7 @@ class Recipe:
     data: tuple[SourceConfig, ...]
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = 0
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"
     num_workers: int = 1
     trackers: tuple[str, ...] = ("tensorboard",)
 

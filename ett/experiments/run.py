@@ -92,7 +92,9 @@ class Run:
         # a process may train several recipes; the library keeps the first one's precision for good
         AcceleratorState._reset_state(reset_partial_state=False)
         accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision, log_with=list(recipe.trackers) or None, project_dir=str(self.out)
+            mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+            log_with=list(recipe.trackers) or None,
+            project_dir=str(self.out),
         )
         if recipe.trackers:
             accelerator.init_trackers("tensorboard" if recipe.trackers == ("tensorboard",) else recipe.name)

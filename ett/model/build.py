@@ -232,7 +232,9 @@ def load_model(directory: Path) -> tuple[EttForConditionalGeneration, EttProcess
     try:
         loaded: Any = EttForConditionalGeneration.from_pretrained(
             # tensors of another shape are reported below, with the rest, and never used
-            directory, output_loading_info=True, ignore_mismatched_sizes=True
+            directory,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         model, report = cast(tuple[EttForConditionalGeneration, dict[str, Any]], loaded)
         processor = EttProcessor.from_pretrained(directory)

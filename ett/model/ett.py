@@ -106,6 +106,9 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 vision_tokenizer.quantize.codebook.detach().clone(), freeze=False
             )
         model.generation_config = language_model.generation_config
+        if config.image_token_id < config.text_config.vocab_size:
+            # a placeholder is never an answer, and could not be read back as one
+            model.generation_config.suppress_tokens = [config.image_token_id]
         return model
 
     # -- the parts that transformers asks for --------------------------------------------------------------------------

@@ -98,9 +98,30 @@ def test_everything_is_on_the_page(folder: Path) -> None:
     path = write_report(folder, [("a picture <1>", picture(0), picture(1))])
     assert path == folder / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
-    for word in ("a <b>bold</b> & run", "smollm2", "30 of 40", "0.03", "Exact match", "0.375 to 0.625", "n = 64",
-                 "drawn_text", "Right: 1 of 3", "Wrong: 2 of 3", "Red fox.", "an owl", "(nothing)", "a picture <1>",
-                 "Caption loss", "Reconstruction loss", "Gradient norm", "training", "validation", "frozen", "1.5"):  # fmt: skip
+    expected = [
+        "a <b>bold</b> & run",
+        "smollm2",
+        "30 of 40",
+        "0.03",
+        "Exact match",
+        "0.375 to 0.625",
+        "n = 64",
+        "drawn_text",
+        "Right: 1 of 3",
+        "Wrong: 2 of 3",
+        "Red fox.",
+        "an owl",
+        "(nothing)",
+        "a picture <1>",
+        "Caption loss",
+        "Reconstruction loss",
+        "Gradient norm",
+        "training",
+        "validation",
+        "frozen",
+        "1.5",
+    ]
+    for word in expected:
         assert word in page.text, word
     assert page.tags.count("img") == 2
 

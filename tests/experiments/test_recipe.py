@@ -69,7 +69,7 @@ def load_recipe_text(text: str, beside: Path) -> object:
         ("model.language_model=null", "set model.language_model"),
         ("model.language_model.path=x", "either a path or a config"),
         ("model.projector.depth=0", "at least 1"),
-        ("mixed_precision=fp16", "Allowed: no, bf16"),
+        ("precision=fp16", "Allowed: fp32, bf16"),
         ("seed=true", "must be a whole number"),
         ("name=a/b", "a name that can be a folder's"),
         ("model.image_size.x.y=3", "plain value"),
