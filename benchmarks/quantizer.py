@@ -4,8 +4,8 @@
     python benchmarks/quantizer.py --rows 512 --codes 16384
 
 The baseline is IBQ as the paper writes it, in the same type and threads, with nothing done twice: one logits matrix,
-autograd's own softmax. Peak memory is each side's alone, in a process of its own: Linux's high-water mark, and how far above the
-memory before the step it lies (the gradient of the codebook is in it).
+autograd's own softmax. Peak memory is each side's alone, in a process of its own: Linux's high-water mark, and how far above
+the memory before the step it lies (the gradient of the codebook is in it).
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ def test_folders_are_not_overwritten_by_accident(toy_recipe: dict[str, Any], tmp
     with pytest.raises(RecipeError, match=r"--resume, replace it with --overwrite"):
         Run(recipe, out)
     toy_recipe["seed"] = 5
-    with pytest.raises(RecipeError, match="started with another recipe .*seed: 5"):
+    with pytest.raises(RecipeError, match=r"started with another recipe .*seed: 5"):
         Run(recipe_from(toy_recipe), out, resume=True)
     before = digests(out)
     Run(recipe_from(toy_recipe), out, overwrite=True).train()
