@@ -21,11 +21,10 @@ _NAMES = {
     "VisionTokenizer": "ett.tokenizers",
     "UserError": "ett.errors",
     "answer": "ett.generate.chat",
-    "evaluate": "ett.evaluate.run",
     "load_image": "ett.images",
     "load_model": "ett.experiments.run",
     "load_recipe": "ett.experiments.recipe",
-    "train": "ett.experiments.run",
+    "train_recipe": "ett.experiments.run",
 }
 
 __all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604  # names of `_NAMES`, strings all
@@ -33,9 +32,8 @@ __all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604  # names of `_NAMES`
 if TYPE_CHECKING:
     # ruff: noqa: F401  # what a type checker sees behind __getattr__
     from ett.errors import UserError
-    from ett.evaluate.run import evaluate
     from ett.experiments.recipe import load_recipe
-    from ett.experiments.run import load_model, train
+    from ett.experiments.run import load_model, train_recipe
     from ett.generate.chat import answer
     from ett.images import load_image
     from ett.model import EttConfig, EttForConditionalGeneration, EttImageProcessor, EttProcessor

@@ -276,7 +276,7 @@ def report_interruption(error: Interrupted, words: Sequence[str], out: Path, com
     )
 
 
-def train(recipe: Recipe, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+def train_recipe(recipe: Recipe, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Run a recipe into the folder `out`; returns the final model's folder (see `Run`)."""
     return Run(recipe, Path(out), resume=resume, overwrite=overwrite).train()
 
@@ -294,4 +294,4 @@ def _stage_seed(seed: int, k: int) -> int:
     return seed * 1_000_003 + k * 1_009
 
 
-__all__ = ["Interrupted", "Run", "load_model", "report_interruption", "resolve_model_folder", "train"]
+__all__ = ["Interrupted", "Run", "load_model", "report_interruption", "resolve_model_folder", "train_recipe"]
