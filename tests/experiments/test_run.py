@@ -19,12 +19,13 @@ import yaml
 
 from ett.config import from_mapping
 from ett.errors import ModelError, RecipeError, UserError
-from ett.experiments.recipe import Recipe, dump_recipe, load_recipe
+from ett.experiments.recipe import SHIPPED, Recipe, dump_recipe, load_recipe
 from ett.experiments.run import Interrupted, Run, load_model, resolve_model_folder
 from ett.tokenizers import VisionTokenizer
 from ett.train import loop as loop_module
 from ett.train.checkpoint import list_checkpoints
 from ett.train.log import read_log
+from tests.conftest import LANGUAGE_MODELS
 
 
 def recipe_from(given: dict[str, Any]) -> Recipe:
@@ -310,3 +311,18 @@ def test_recipe_json_of_a_run_is_plain_yaml(toy_recipe: dict[str, Any]) -> None:
     text = dump_recipe(recipe_from(toy_recipe))
     assert yaml.safe_load(text)["stages"][2]["stage"] == "semantic"
     assert json.dumps(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_take_two_steps(path: Path, tmp_path: Path) -> None:
+    """Every stage of every shipped recipe on its own data, with a toy language model and small batches."""
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    given |= {"evaluation": {**given.get("evaluation", {}), "limit": 2}, "num_workers": 0, "trackers": []}
+    if given["model"].get("language_model") is not None:
+        given["model"]["language_model"] = {"config": LANGUAGE_MODELS["qwen2"]}
+    for stage in given["stages"]:
+        stage |= {"steps": 2, "batch_size": 2}
+    recipe = recipe_from(given)
+    Run(recipe, tmp_path / "run").train()
+    finished = {e["stage"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "validation"}
+    assert finished == set(recipe.stage_names)
