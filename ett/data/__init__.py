@@ -1,1 +1,1 @@
-
+"""Where examples come from, and the order they come in."""

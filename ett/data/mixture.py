@@ -15,6 +15,8 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from ett.config import require
+from ett.data.artwork import ArtworkNames, ArtworkQuestions
+from ett.data.drawn_text import DrawnText
 from ett.data.manifest import Manifest
 from ett.data.sources import Source
 from ett.errors import DataError, RecipeError, UserError
@@ -72,9 +74,6 @@ class SourceConfig:
         if self.source == "manifest":
             assert self.path is not None
             return Manifest(self.path, limit=self.limit)
-        from ett.data.artwork import ArtworkNames, ArtworkQuestions
-        from ett.data.drawn_text import DrawnText
-
         if self.source == "drawn_text":
             return Limited.of(
                 DrawnText(

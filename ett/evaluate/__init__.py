@@ -1,1 +1,1 @@
-
+"""Tasks, metrics and the report."""

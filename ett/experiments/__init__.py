@@ -1,1 +1,1 @@
-
+"""Recipes and runs."""

@@ -1,1 +1,1 @@
-
+"""What a trained model makes: answers and reconstructions."""

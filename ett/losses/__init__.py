@@ -1,1 +1,1 @@
-
+"""The terms of the joint objective."""

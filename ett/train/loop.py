@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ett.data.mixture import DrawSampler, EncodedDraws, Mixture
 from ett.errors import DataError, UserError
@@ -145,7 +146,7 @@ class Stage:
             set_trainable(model, config.parts)
             train_mode(model, config.parts)
             if config.gradient_checkpointing:
-                model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+                _checkpoint_activations(model.language_model)
             objective = JointObjective(model)
             parts = _modules_by_part(model)
         self.micro_batch, self.accumulation = split_batch(config, accelerator.num_processes)
@@ -346,6 +347,12 @@ def _ignore_interrupts(_worker: int) -> None:
 def encode_all(mixture: Mixture, count: int, processor: EttProcessor, max_length: int | None) -> list[Encoded]:
     """The first `count` draws, encoded; a fixed set for validation."""
     return [processor.encode(mixture[draw], max_length) for draw in range(count)]
+
+
+def _checkpoint_activations(language_model: PreTrainedModel) -> None:
+    # named anew on the way from transformers 5.17 to 5.23, where the old name warns
+    enable = getattr(language_model, "activation_checkpointing_enable", None)
+    (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _modules_by_part(model: EttForConditionalGeneration) -> dict[str, nn.Module]:

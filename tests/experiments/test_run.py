@@ -326,3 +326,50 @@ def test_shipped_recipes_take_two_steps(path: Path, tmp_path: Path) -> None:
     Run(recipe, tmp_path / "run").train()
     finished = {e["stage"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "validation"}
     assert finished == set(recipe.stage_names)
+
+
+def test_gradient_checkpointing_changes_nothing(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    toy_recipe["model"]["language_model"]["config"]["attention_dropout"] = 0.0
+    losses = []
+    for checkpointing in (False, True):
+        toy_recipe["stages"] = [
+            {"stage": "semantic", "steps": 3, "batch_size": 4, "log_every": 1, "gradient_checkpointing": checkpointing}
+        ]
+        out = tmp_path / str(checkpointing)
+        Run(recipe_from(toy_recipe), out).train()
+        losses.append([e["losses"] for e in read_log(out / "log.jsonl") if e["event"] == "step"])
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+
+
+def test_visual_index_and_lora_survive_a_resume(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """The parts that only some recipes have are in the checkpoints too."""
+    toy_recipe["model"] |= {
+        "visual_input": "index",
+        "lora": {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.1},
+    }
+    toy_recipe["stages"] = [
+        {"stage": stage, "steps": 4, "batch_size": 4, "checkpoint_every": 1, "trains": trains}
+        for stage, trains in (("align", ["projector"]), ("semantic", ["projector", "language_model"]))
+    ]
+    for stage in toy_recipe["stages"]:
+        stage["losses"] = {"tokenizer_weight": 0}
+    recipe = recipe_from(toy_recipe)
+    Run(recipe, tmp_path / "whole").train()
+    plain = loop_module.Stage._train_step
+    steps = {"taken": 0}
+
+    def dying(self: Any, batches: Any) -> Any:
+        steps["taken"] += 1
+        if steps["taken"] == 7:
+            raise Killed
+        return plain(self, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module.Stage, "_train_step", dying)
+        with pytest.raises(Killed):
+            Run(recipe, tmp_path / "killed").train()
+    Run(recipe, tmp_path / "killed", resume=True).train()
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    model, _ = load_model(tmp_path / "killed")
+    assert any(".lora_B" in name and p.abs().sum() > 0 for name, p in model.named_parameters())
