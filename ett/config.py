@@ -129,7 +129,7 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
         # YAML 1.1 reads 1e-4 as a string
         try:
             number = float(value)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise RecipeError(f"{path} must be a number, got {_show(value)}.") from error
         if number != number or number in (float("inf"), float("-inf")):
             raise RecipeError(f"{path} must be a finite number, got {_show(value)}.")

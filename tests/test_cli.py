@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from ett.cli import build_parser, main
 from ett.images import load_image
@@ -116,11 +118,30 @@ def test_bad_input_ends_in_one_message(trained: Path, recipe: Path, pictures: Pa
     (tmp_path / "bad.jsonl").write_text('{"id": 1,\n', encoding="utf-8")
     line = {"id": "a", "conversations": [{"from": "human", "value": "<image>"}]}
     (tmp_path / "lacks.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
-    other = tmp_path / "other"
-    subprocess.run(["cp", "-r", str(trained / "stages" / "3-chat"), str(other)], check=True)
+    other = Path(shutil.copytree(trained / "stages" / "3-chat", tmp_path / "other"))
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     config["vision_tokenizer"]["codebook_size"] = 65
     (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name, turns in (
+        ("silent", [{"from": "human", "value": "<image>"}]),
+        ("words", [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]),
+    ):
+        line = {"id": "a", "conversations": turns} | ({"image": "0.png"} if name == "silent" else {})
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    shutil.copy(pictures / "0.png", tmp_path / "0.png")
+    truncated, emptied, halved = (
+        Path(shutil.copytree(trained / "stages" / "3-chat", tmp_path / name))
+        for name in ("truncated", "emptied", "halved")
+    )
+    with (truncated / "model.safetensors").open("r+b") as file:
+        file.truncate(20000)
+    (emptied / "tokenizer.json").write_text("{}", encoding="utf-8")
+    tensors = load_file(halved / "model.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if not n.startswith("vision_tokenizer.decoder")},
+        halved / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     cases: list[tuple[tuple[object, ...], str]] = [
         (("train", "nowhere.yaml"), "There is no recipe 'nowhere.yaml'"),
         (("train", recipe, "stages.semantic.stepz=3", "--out", tmp_path / "x"), "Did you mean"),
@@ -130,6 +151,39 @@ def test_bad_input_ends_in_one_message(trained: Path, recipe: Path, pictures: Pa
         (("train", recipe, "data.0.path=missing.jsonl", "--out", tmp_path / "x"), "missing.jsonl"),
         (("train", recipe, "model.vision_tokenizer={path: nowhere}", "--out", tmp_path / "x"), "'nowhere'"),
         (("train", recipe, "--out", trained), "--resume"),
+        (("train", recipe, "--out", recipe / "x"), "cannot be written"),
+        (("train", recipe, "model.vision_tokenizer={path: 5}", "--out", tmp_path / "x"), "no folder 5"),
+        (("train", recipe, "model.vision_tokenizer.tokenizer_type=[a]", "--out", tmp_path / "x"), "tokenizer_type"),
+        (("train", recipe, "trackers=[foo]", "--out", tmp_path / "x"), "trackers"),
+        (("train", recipe, "model.language_model={path: /nonexistent}", "--out", tmp_path / "x"), "/nonexistent"),
+        (
+            ("train", recipe, "model.language_model={path: /nonexistent}", "--out", trained, "--overwrite"),
+            "/nonexistent",
+        ),
+        (
+            ("train", recipe, "model.language_model.config.num_attention_heads=0", "--out", tmp_path / "x"),
+            "language_model",
+        ),
+        (("train", recipe, "model.language_model.config.hidden_size=abc", "--out", tmp_path / "x"), "language_model"),
+        (("train", recipe, "model.language_model.config.vocab_size=100", "--out", tmp_path / "x"), "language_model"),
+        (("train", recipe, "model.chat_template=plian", "--out", tmp_path / "x"), "Did you mean 'plain'"),
+        (("train", recipe, "model.chat_template={{ bad", "--out", tmp_path / "x"), "chat_template"),
+        (("train", recipe, "model.lora={r: 2, target_modules: [nothing]}", "--out", tmp_path / "x"), "LoRA"),
+        (
+            (
+                "train",
+                recipe,
+                "data.0.path=" + str(tmp_path / "silent.jsonl"),
+                "stages=[{stage: align, steps: 1, batch_size: 2}]",
+                "--out",
+                tmp_path / "x",
+            ),
+            "has an answer",
+        ),
+        (("train", recipe, "data.0.path=" + str(tmp_path / "words.jsonl"), "--out", tmp_path / "x"), "has a picture"),
+        (("chat", truncated, pictures / "0.png"), "cannot be loaded"),
+        (("chat", emptied, pictures / "0.png"), "cannot be loaded"),
+        (("evaluate", halved), "or not all of them"),
         (("chat", trained, tmp_path / "no.png"), "no.png"),
         (("chat", trained, broken), "broken.png"),
         (("chat", trained, bomb(tmp_path / "bomb.png")), "bomb.png"),
@@ -153,11 +207,14 @@ def test_bad_input_ends_in_one_message(trained: Path, recipe: Path, pictures: Pa
         assert len(err.strip().splitlines()) == 1, err
         assert out == ""
     assert not (tmp_path / "x").exists(), "nothing is left behind by a refused run"
+    assert run("chat", trained, pictures / "0.png", "--max-new-tokens", 2)[0] == 0, (
+        "the run that was there is still there"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_from_outside(number: signal.Signals, toy_recipe: dict[str, Any], tmp_path: Path) -> None:
-    """Ctrl-C hits every process of the terminal, the loader's workers too; SIGTERM the main one."""
+    """They save, say how to go on and end with the usual code, whichever processes they hit."""
     toy_recipe["stages"] = [dict(toy_recipe["stages"][2], steps=5000, checkpoint_every=None)]
     toy_recipe["num_workers"] = 1
     path = tmp_path / "recipe.yaml"
@@ -173,10 +230,8 @@ def test_signals_from_outside(number: signal.Signals, toy_recipe: dict[str, Any]
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not ((out / "log.jsonl").exists() and len(read_log(out / "log.jsonl")) > 3):
         time.sleep(0.05)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
+    # both reach the loader's worker too: Ctrl-C in a terminal, a scheduler's SIGTERM to the job
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert f"ett train {path} --out {out} --resume" in err

@@ -19,8 +19,9 @@ from ett.data.sources import Source
 from ett.errors import ModelError, UserError, unknown
 from ett.evaluate.base import Metric, Prediction, Selection, Subject, Task
 from ett.evaluate.tasks import TASKS
-from ett.model.build import is_saved_model, load_model, num_positions
+from ett.model.build import num_positions
 from ett.model.ett import EttForConditionalGeneration
+from ett.model.loading import is_saved_model, load_model
 from ett.model.processing import EttImageProcessor, EttProcessor
 from ett.model.text import byte_tokenizer
 from ett.tokenizers import VisionTokenizer

@@ -9,8 +9,9 @@ from ett.evaluate.report import write_report
 from ett.evaluate.run import evaluate, load_for_evaluation
 from ett.evaluate.run_folder import Pictures
 from ett.evaluate.sources import NamedSources, builtin_sources
+from ett.experiments.folder import RECIPE_NAME
 from ett.experiments.recipe import Recipe, load_recipe
-from ett.experiments.run import RECIPE_NAME, Run
+from ett.experiments.run import Run
 from ett.generate.reconstruct import reconstruct, sized
 from ett.model.processing import EttProcessor
 from ett.tokenizers import VisionTokenizer

@@ -72,6 +72,11 @@ class Recipe:
         require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         kinds = [stage.stage for stage in self.stages]
+        if self.model.init is not None and kinds[0] == "tokenizer":
+            raise RecipeError(
+                "The tokenizer stage trains a tokenizer alone, but model.init is a whole model. Start the stage from "
+                "model.vision_tokenizer.path instead."
+            )
         if "tokenizer" in kinds[1:]:
             raise RecipeError("The tokenizer stage trains the vision tokenizer alone, so it can only come first.")
         if any(kind != "tokenizer" for kind in kinds) and self.model.language_model is None and self.model.init is None:
@@ -103,16 +108,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = find_recipe(path)
     try:
         text = file.read_text(encoding="utf-8")
-        given = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file} is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be read: {error.strerror}.") from error
+    try:
+        given = yaml.safe_load(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where is not None else ""
         raise RecipeError(f"{file}{line} is not valid YAML: {getattr(error, 'problem', None) or error}.") from error
     if not isinstance(given, Mapping):
         raise RecipeError(f"{file} must hold a mapping of names to values; it holds {type(given).__name__}.")
-    values = dict(given)
+    values = _without_aliases(given, ())
     for override in overrides:
         _override(values, override)
     return from_mapping(Recipe, values)
@@ -135,6 +143,16 @@ def find_recipe(path: str | Path) -> Path:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every value, defaults included. Reading it back gives an equal recipe."""
     return yaml.safe_dump(to_mapping(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _without_aliases(value: Any, above: tuple[int, ...]) -> Any:
+    """A copy in which nothing is shared, so that an override of one place changes that place alone."""
+    if id(value) in above:
+        raise RecipeError("The recipe contains itself through a YAML alias.")
+    inside = (*above, id(value))
+    if isinstance(value, Mapping):
+        return {key: _without_aliases(item, inside) for key, item in value.items()}
+    return [_without_aliases(item, inside) for item in value] if isinstance(value, list) else value
 
 
 def _override(values: dict[str, Any], override: str) -> None:

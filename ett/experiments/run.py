@@ -1,6 +1,6 @@
 """A run: the stages of a recipe one after another, in one folder, resumable at any moment.
 
-    OUT/recipe.yaml                 the resolved recipe
+    OUT/run.json, OUT/recipe.yaml   that this is a run's folder; the resolved recipe
     OUT/log.jsonl, tensorboard/     what happened
     OUT/checkpoints/<stage>-<step>  training state of the stage under way
     OUT/stages/<k>-<name>/          the finished model (or tokenizer) of stage k, as save_pretrained writes it
@@ -21,20 +21,22 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
 
+from ett.config import to_mapping
 from ett.data.mixture import Mixture, SourceConfig, build_mixture
-from ett.errors import ModelError, RecipeError
-from ett.experiments.recipe import Recipe, dump_recipe, load_recipe
+from ett.errors import DataError, ModelError, RecipeError
+from ett.experiments.folder import RECIPE_NAME, RunFolder
+from ett.experiments.recipe import Recipe
 from ett.model.build import (
-    ModelSpec,
     build_model,
     build_processor,
     build_vision_tokenizer,
-    find_weights,
+    check_model,
+    start_from,
 )
-from ett.model.build import load_model as load_saved
 from ett.model.ett import EttForConditionalGeneration
+from ett.model.loading import find_weights, is_saved_model
+from ett.model.loading import load_model as load_saved
 from ett.model.processing import EttProcessor
 from ett.model.text import byte_tokenizer
 from ett.tokenizers import VisionTokenizer
@@ -43,44 +45,28 @@ from ett.train.log import RunLog
 from ett.train.loop import Interrupted, Stage, StageData, encode_all, split_batch
 from ett.train.stages import StageConfig
 
-RECIPE_NAME = "recipe.yaml"
+PROBED_DRAWS = 16
+"""Examples of each stage that are looked at before anything trains."""
+
+Start = tuple[EttForConditionalGeneration | VisionTokenizer, EttProcessor, StageData]
 
 
 class Run:
-    """One output folder.
+    """A recipe in an output folder.
 
     Args:
         recipe: what to run.
-        out: the folder.
-        resume: continue what is there. overwrite: delete what is there and start anew.
+        out: the folder; nothing in it changes before the first stage is ready to train.
+        resume: continue what is there. overwrite: delete the run that is there and start anew.
 
     Raises:
         UserError: everything that can be known to be wrong before training starts.
     """
 
     def __init__(self, recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-        self.recipe, self.out = recipe, out
+        self.recipe = recipe
+        self.folder = RunFolder(out, recipe, resume=resume, overwrite=overwrite)
         self._check_recipe()
-        self._open_folder(resume, overwrite)
-
-    def stage_folder(self, k: int) -> Path:
-        """Where stage `k` leaves its model."""
-        return self.out / "stages" / f"{k}-{self.recipe.stage_names[k]}"
-
-    @property
-    def finished(self) -> int:
-        """Number of finished stages."""
-        done = 0
-        while done < len(self.recipe.stages) and self.stage_folder(done).is_dir():
-            done += 1
-        return done
-
-    @property
-    def model_folder(self) -> Path:
-        """The last finished stage's model."""
-        if self.finished == 0:
-            raise ModelError(f"{self.out} has not finished a stage yet. Continue it with --resume.")
-        return self.stage_folder(self.finished - 1)
 
     def train(self) -> Path:
         """Run every stage that is not finished; returns the final model's folder.
@@ -88,34 +74,39 @@ class Run:
         Raises:
             Interrupted: stopped by a signal, after saving.
         """
-        recipe = self.recipe
-        # a process may train several recipes; the library keeps the first one's precision for good
-        AcceleratorState._reset_state(reset_partial_state=False)
-        accelerator = Accelerator(
-            mixed_precision="bf16" if recipe.precision == "bf16" else "no",
-            log_with=list(recipe.trackers) or None,
-            project_dir=str(self.out),
-        )
+        recipe, folder = self.recipe, self.folder
+        accelerator = self._accelerator()
+        first = 0 if folder.overwrite else folder.finished
+        start = self._start(first) if first < len(recipe.stages) else None
+        if accelerator.is_main_process:
+            folder.open()
+        accelerator.wait_for_everyone()
         if recipe.trackers:
             accelerator.init_trackers("tensorboard" if recipe.trackers == ("tensorboard",) else recipe.name)
-        log = RunLog(self.out, accelerator, main=accelerator.is_main_process)
+        log = RunLog(folder.path, accelerator, main=accelerator.is_main_process)
         try:
-            for k in range(self.finished, len(recipe.stages)):
-                self._train_stage(k, accelerator, log)
+            for k in range(first, len(recipe.stages)):
+                self._train_stage(k, start if start is not None else self._start(k), accelerator, log)
+                start = None
         finally:
             accelerator.end_training()
-        return self.model_folder
+        return folder.model
 
     # -- one stage -----------------------------------------------------------------------------------------------------
 
-    def _train_stage(self, k: int, accelerator: Accelerator, log: RunLog) -> None:
-        config, name = self.recipe.stages[k], self.recipe.stage_names[k]
+    def _start(self, k: int) -> Start:
+        """What stage `k` trains and reads, before its first step."""
         # weights and dropout of a stage do not depend on what ran before it
         torch.manual_seed(_stage_seed(self.recipe.seed, k))
-        model, processor = self._start_of(k)
+        model, processor = self._model_of(k)
+        data = self._stage_data(self.recipe.stages[k], model, processor)
+        return model, processor, data
+
+    def _train_stage(self, k: int, start: Start, accelerator: Accelerator, log: RunLog) -> None:
+        config, name = self.recipe.stages[k], self.recipe.stage_names[k]
+        model, processor, data = start
         torch.manual_seed(_stage_seed(self.recipe.seed, k) + 1)
-        data = self._stage_data(config, processor)
-        stage = Stage(config, name, model, data, accelerator, log, self.out / "checkpoints")
+        stage = Stage(config, name, model, data, accelerator, log, self.folder.checkpoints)
         stage.resume()
         order = {each: i for i, each in enumerate(self.recipe.stage_names)}
         log.forget_after(order, name, stage.step)
@@ -123,39 +114,45 @@ class Run:
         stage.run()
         if accelerator.is_main_process:
             self._save_stage(k, model, processor)
-            for leftover in (self.out / "checkpoints").glob(f"{name}-*"):
+            for leftover in self.folder.checkpoints.glob(f"{name}-*"):
                 shutil.rmtree(leftover)
         accelerator.wait_for_everyone()
         accelerator.free_memory()
 
-    def _start_of(self, k: int) -> tuple[EttForConditionalGeneration | VisionTokenizer, EttProcessor]:
+    def _model_of(self, k: int) -> tuple[EttForConditionalGeneration | VisionTokenizer, EttProcessor]:
         """The model that stage `k` trains, from the stage before it or from the recipe."""
         spec = self.recipe.model
-        is_tokenizer_stage = self.recipe.stages[k].stage == "tokenizer"
         if k == 0 and spec.init is not None:
-            return start_from(find_weights(spec.init), spec, tokenizer_only=is_tokenizer_stage)
+            return start_from(resolve_model_folder(find_weights(spec.init)), spec)
         if k > 0 and self.recipe.stages[k - 1].stage != "tokenizer":
-            return load_saved(self.stage_folder(k - 1))
-        if k > 0:
-            tokenizer = VisionTokenizer.from_pretrained(self.stage_folder(k - 1))
-        else:
-            tokenizer = build_vision_tokenizer(spec)
-        if is_tokenizer_stage:
+            return load_saved(self.folder.stage(k - 1))
+        tokenizer = (
+            build_vision_tokenizer(spec) if k == 0 else VisionTokenizer.from_pretrained(self.folder.stage(k - 1))
+        )
+        if self.recipe.stages[k].stage == "tokenizer":
             # text plays no part in this stage, so any text tokenizer prepares its batches
             return tokenizer, build_processor(spec, byte_tokenizer(), tokenizer)
         return build_model(spec, tokenizer)
 
-    def _stage_data(self, config: StageConfig, processor: EttProcessor) -> StageData:
+    def _stage_data(
+        self, config: StageConfig, model: EttForConditionalGeneration | VisionTokenizer, processor: EttProcessor
+    ) -> StageData:
         mixture = build_mixture(config.data or self.recipe.data, self.recipe.seed)
+        max_length = config.max_length
+        if isinstance(model, EttForConditionalGeneration) and max_length is None:
+            max_length = getattr(model.config.text_config, "max_position_embeddings", None)
+        _check_examples(mixture, config, processor, max_length)
         evaluation = self.recipe.evaluation
         held = validation_mixture(
             evaluation.data or config.data or self.recipe.data, evaluation.split, self.recipe.seed
         )
-        validation = encode_all(held, evaluation.limit, processor, config.max_length) if held is not None else []
-        return StageData(mixture, validation, processor, self.recipe.num_workers)
+        validation = encode_all(held, evaluation.limit, processor, max_length) if held is not None else []
+        return StageData(mixture, validation, processor, self.recipe.num_workers, max_length)
 
-    def _save_stage(self, k: int, model: nn.Module, processor: EttProcessor) -> None:
-        target = self.stage_folder(k)
+    def _save_stage(
+        self, k: int, model: EttForConditionalGeneration | VisionTokenizer, processor: EttProcessor
+    ) -> None:
+        target = self.folder.stage(k)
         work = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -164,60 +161,34 @@ class Run:
             # the size it was trained at, for whoever uses the tokenizer alone
             processor.image_processor.save_pretrained(work)
         else:
-            assert isinstance(model, EttForConditionalGeneration)
+            # another trainer that loads the model sees the objective that it was trained on
+            model.config.losses = to_mapping(self.recipe.stages[k].loss_config)
             model.save_pretrained(work)
             processor.save_pretrained(work)
         publish(work, target)
 
     # -- before anything starts ----------------------------------------------------------------------------------------
 
+    def _accelerator(self) -> Accelerator:
+        # a process may train several recipes; the library keeps the first one's precision for good
+        AcceleratorState._reset_state(reset_partial_state=False)
+        try:
+            return Accelerator(
+                mixed_precision="bf16" if self.recipe.precision == "bf16" else "no",
+                log_with=list(self.recipe.trackers) or None,
+                project_dir=str(self.folder.path),
+            )
+        except ValueError as error:
+            raise RecipeError(f"This machine cannot run the recipe's trackers or precision: {error}") from error
+
     def _check_recipe(self) -> None:
-        """Find out now what would fail later: data that cannot be opened, paths without a model, sizes that do not divide."""
+        """Find out now what would fail after hours: data that cannot be opened, parts that do not exist or fit."""
         for stage in self.recipe.stages:
             build_mixture(stage.data or self.recipe.data, self.recipe.seed)
             split_batch(stage, int(os.environ.get("WORLD_SIZE", "1")))
-        spec = self.recipe.model
-        for path in (spec.init, spec.vision_tokenizer.get("path")):
-            if path is not None:
-                find_weights(path)
-        if spec.init is None and "path" not in spec.vision_tokenizer:
-            with torch.device("meta"):
-                build_vision_tokenizer(spec)
-
-    def _open_folder(self, resume: bool, overwrite: bool) -> None:
-        exists = self.out.exists()
-        if exists and not self.out.is_dir():
-            raise RecipeError(f"{self.out} is a file; give a folder with --out.")
-        occupied = exists and any(self.out.iterdir())
-        if occupied and not (resume or overwrite):
-            raise RecipeError(
-                f"The output folder {self.out} already exists. Continue it with --resume, replace it with --overwrite, or "
-                "choose another with --out."
-            )
-        if occupied and overwrite:
-            if not (self.out / RECIPE_NAME).is_file():
-                raise RecipeError(
-                    f"{self.out} is not a run's folder (no {RECIPE_NAME}), so it is not deleted. Empty it yourself."
-                )
-            shutil.rmtree(self.out)
-        written = self.out / RECIPE_NAME
-        if written.is_file():
-            self._check_same(written)
-        self.out.mkdir(parents=True, exist_ok=True)
-        work = written.with_suffix(".tmp")
-        work.write_text(dump_recipe(self.recipe), encoding="utf-8")
-        work.replace(written)
-
-    def _check_same(self, written: Path) -> None:
-        """A resumed run continues the same recipe; anything else would not be what an uninterrupted run gives."""
-        before, now = dump_recipe(load_recipe(written)).splitlines(), dump_recipe(self.recipe).splitlines()
-        changed = [line.strip() for line in now if line not in before]
-        if before != now:
-            shown = "; ".join(changed[:3]) or "a key was removed"
-            raise RecipeError(
-                f"{self.out} was started with another recipe (now: {shown}). Resume it with its own: "
-                f"ett train {written} --out {self.out} --resume. Or start anew with --overwrite."
-            )
+        evaluated = self.recipe.evaluation.data or self.recipe.data
+        validation_mixture(evaluated, self.recipe.evaluation.split, self.recipe.seed)
+        check_model(self.recipe.model)
 
 
 def validation_mixture(configs: Sequence[SourceConfig], split: str, seed: int) -> Mixture | None:
@@ -228,25 +199,6 @@ def validation_mixture(configs: Sequence[SourceConfig], split: str, seed: int) -
     return Mixture([config.with_split(split) for config in built_in], [config.weight for config in built_in], seed)
 
 
-def start_from(
-    directory: Path, spec: ModelSpec, tokenizer_only: bool = False
-) -> tuple[EttForConditionalGeneration | VisionTokenizer, EttProcessor]:
-    """A saved model as the start of a run, with the recipe's visual input and adapters."""
-    model, processor = load_saved(directory)
-    if tokenizer_only:
-        tokenizer: VisionTokenizer = model.vision_tokenizer
-        return tokenizer, processor
-    if spec.visual_input == "index" and model.index_embedding is None:
-        model.config.visual_input = "index"
-        codes = model.vision_tokenizer.quantize.codebook.detach().clone()
-        model.index_embedding = nn.Embedding.from_pretrained(codes, freeze=False)
-        if spec.index_init == "random":
-            nn.init.normal_(model.index_embedding.weight)
-    if spec.visual_input == "embedding" and model.index_embedding is not None:
-        raise ModelError(f"The model in {directory} reads indices; set model.visual_input: index in the recipe.")
-    return model, processor
-
-
 def resolve_model_folder(path: Path) -> Path:
     """The folder that holds weights: `path` itself, or the last finished stage of the run in it.
 
@@ -255,9 +207,9 @@ def resolve_model_folder(path: Path) -> Path:
     """
     if not path.exists():
         raise ModelError(f"There is no {path}. Give a folder written by `ett train` or save_pretrained.")
-    if not (path / RECIPE_NAME).is_file():
+    if is_saved_model(path) or not (path / RECIPE_NAME).is_file():
         return path
-    stages = sorted((p for p in (path / "stages").glob("[0-9]*-*")), key=lambda p: int(p.name.split("-")[0]))
+    stages = sorted(path.glob("stages/[0-9]*-*"), key=lambda p: int(p.name.split("-")[0]))
     if not stages:
         raise ModelError(
             f"The run in {path} has not finished a stage yet. Continue it with `ett train {path / RECIPE_NAME} --out {path} "
@@ -288,6 +240,24 @@ def load_model(path: str | Path) -> tuple[EttForConditionalGeneration, EttProces
         ModelError: no model there, a damaged file, or weights of another architecture.
     """
     return load_saved(resolve_model_folder(Path(path)))
+
+
+def _check_examples(mixture: Mixture, config: StageConfig, processor: EttProcessor, max_length: int | None) -> None:
+    """The first draws can be encoded, and hold what the stage learns from.
+
+    Raises:
+        DataError: an example that cannot be used, or no pictures or no answers among them.
+    """
+    encoded = encode_all(mixture, PROBED_DRAWS, processor, max_length)
+    if not any(item.pixel_values for item in encoded):
+        raise DataError(
+            f"Stage {config.stage}: none of the first {PROBED_DRAWS} examples has a picture. Check the data."
+        )
+    if config.stage != "tokenizer" and not any(label >= 0 for item in encoded for label in item.labels):
+        raise DataError(
+            f"Stage {config.stage}: none of the first {PROBED_DRAWS} examples has an answer (an assistant or gpt turn), so "
+            "there is nothing to learn. Check the data."
+        )
 
 
 def _stage_seed(seed: int, k: int) -> int:

@@ -7,25 +7,31 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ett.config import require, to_mapping
-from ett.errors import ModelError, RecipeError
+from ett.errors import ModelError, RecipeError, unknown
 from ett.images import FitMode
-from ett.losses.joint import LossConfig
 from ett.model.configuration import EttConfig, VisualInput
 from ett.model.ett import EttForConditionalGeneration
+from ett.model.loading import (
+    DAMAGED,
+    find_weights,
+    first_line,
+    load_language_config,
+    load_language_model,
+    load_model,
+    load_text_tokenizer,
+    load_vision_tokenizer,
+)
+from ett.model.lora import inject_lora
 from ett.model.processing import EttImageProcessor, EttProcessor
 from ett.model.projector import ProjectorConfig
-from ett.model.smollm2 import NAME as SMOLLM2
-from ett.model.smollm2 import prepare_smollm2
-from ett.model.text import CHAT_TEMPLATES, add_image_token, byte_tokenizer
+from ett.model.text import CHAT_TEMPLATES, IMAGE_TOKEN, add_image_token
 from ett.tokenizers import VisionTokenizer
-from ett.tokenizers.base import channels_last
-
-SHIPPED_WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
-"""Small trained parts that come with the package."""
+from ett.types import IGNORE_INDEX, Message
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class ModelSpec:
     """What a recipe says about the model.
 
     Attributes:
-        init: a saved model to start from; the other fields then only override its settings where a stage allows it.
+        init: a saved model or a run's folder to start from. It brings its parts; visual_input, lora and chat_template can be
+            set beside it, anything else is an error.
         image_size: H and W [pixels], or one number for both.
         image_mode: how pictures are fitted to it.
         vision_tokenizer: ``{path: DIR}`` or a configuration (``tokenizer_type``, default "ibq", and its fields).
@@ -62,7 +69,6 @@ class ModelSpec:
         visual_input: "embedding" (ETT) or "index"; index_init: the table as a copy of the codebook, or from N(0, 1).
         chat_template: "lm" (the language model's own) or "plain" (captioning format, no roles), or a Jinja template.
         lora: keyword arguments of ``peft.LoraConfig``; null trains all weights.
-        losses: weights that the saved model carries.
     """
 
     image_size: int | tuple[int, int] = 256
@@ -75,7 +81,6 @@ class ModelSpec:
     index_init: Literal["codebook", "random"] = "codebook"
     chat_template: str = "lm"
     lora: dict[str, Any] | None = None
-    losses: LossConfig = LossConfig()
 
     def __post_init__(self) -> None:
         require(min(self.size) >= 1, "image_size", self.image_size, "at least 1")
@@ -103,38 +108,6 @@ def build_vision_tokenizer(spec: ModelSpec) -> VisionTokenizer:
     return tokenizer
 
 
-def find_weights(path: str | Path) -> Path:
-    """The folder at `path`, or the shipped weights of that name.
-
-    Raises:
-        ModelError: neither exists.
-    """
-    given = Path(path)
-    if given.is_dir():
-        return given
-    shipped = SHIPPED_WEIGHTS / str(path)
-    if str(path) == given.name and shipped.is_dir():
-        return shipped
-    known = sorted(p.name for p in SHIPPED_WEIGHTS.iterdir() if p.is_dir()) if SHIPPED_WEIGHTS.is_dir() else []
-    raise ModelError(
-        f"There is no folder {str(path)!r}. Give a saved model's or tokenizer's, or a shipped one: {', '.join(known)}."
-    )
-
-
-def load_vision_tokenizer(directory: Path) -> VisionTokenizer:
-    """A tokenizer from its own folder or out of a saved model's."""
-    if is_saved_model(directory):
-        tokenizer = EttForConditionalGeneration.from_pretrained(directory).vision_tokenizer
-        assert isinstance(tokenizer, VisionTokenizer)
-        return tokenizer
-    return VisionTokenizer.from_pretrained(directory)
-
-
-def is_saved_model(directory: Path) -> bool:
-    """Whether `directory` holds a complete model (`EttForConditionalGeneration`), not a tokenizer alone."""
-    return (directory / "processor_config.json").is_file()
-
-
 def num_positions(tokenizer: VisionTokenizer, merge_size: int, size: tuple[int, int]) -> int:
     """Visual positions that a picture of (H, W) pixels takes in the sequence.
 
@@ -151,101 +124,170 @@ def num_positions(tokenizer: VisionTokenizer, merge_size: int, size: tuple[int, 
     return (height // step) * (width // step)
 
 
-def load_language_model(spec: LanguageModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(causal LM in float32, its text tokenizer).
+def parts_of(spec: LanguageModelSpec, *, weights: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(causal LM in float32, its text tokenizer); without `weights`, the LM is on the meta device.
 
     Raises:
-        ModelError: nothing usable at the path. RecipeError: a configuration that transformers refuses.
+        ModelError: nothing usable at the path. RecipeError: a configuration that transformers refuses, or a vocabulary too
+            small for the text tokenizer.
     """
-    if spec.config is not None:
+    tokenizer = load_text_tokenizer(spec.text_tokenizer or spec.path or "bytes")
+    if spec.path is not None and weights:
+        model = load_language_model(spec.path)
+    else:
+        config = load_language_config(spec.path) if spec.path is not None else _config_of(spec)
         try:
-            config = AutoConfig.for_model(**spec.config)
-            model = AutoModelForCausalLM.from_config(config)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"model.language_model.config is not usable: {error}") from error
-        return model.float(), _text_tokenizer(spec.text_tokenizer or "bytes")
-    assert spec.path is not None
-    path = str(prepare_smollm2()) if spec.path == SMOLLM2 else spec.path
+            with torch.device("cpu" if weights else "meta"):
+                model = AutoModelForCausalLM.from_config(config).float()
+        except DAMAGED as error:
+            raise RecipeError(f"model.language_model cannot be built: {first_line(error)}") from error
+    largest = max(token_id for token, token_id in tokenizer.get_vocab().items() if token != IMAGE_TOKEN)
+    vocabulary = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    if largest >= vocabulary:
+        raise RecipeError(
+            f"The text tokenizer has token ids up to {largest}, the language model's vocabulary {vocabulary} entries. Choose "
+            f"vocab_size >= {largest + 1}, or the tokenizer that belongs to the model."
+        )
+    return model, tokenizer
+
+
+def _config_of(spec: LanguageModelSpec) -> PreTrainedConfig:
+    assert spec.config is not None
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"There is no causal language model at {spec.path!r}: {_first_line(error)}") from error
-    return loaded, _text_tokenizer(spec.text_tokenizer or path)
-
-
-def _text_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    if name == "bytes":
-        return byte_tokenizer()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"There is no text tokenizer at {name!r}: {_first_line(error)}") from error
-    return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        config: PreTrainedConfig = AutoConfig.for_model(**spec.config)
+    except DAMAGED as error:
+        raise RecipeError(f"model.language_model.config is not usable: {first_line(error)}") from error
+    return config
 
 
 def build_processor(
     spec: ModelSpec, text_tokenizer: PreTrainedTokenizerBase, vision_tokenizer: VisionTokenizer
 ) -> EttProcessor:
-    """The processor that goes with a model built from `spec`."""
+    """The processor that goes with a model built from `spec`.
+
+    Raises:
+        RecipeError: a chat template that cannot be used.
+    """
     height, width = spec.size
-    template = None if spec.chat_template == "lm" else CHAT_TEMPLATES.get(spec.chat_template, spec.chat_template)
-    return EttProcessor(
+    processor = EttProcessor(
         EttImageProcessor(height, width, spec.image_mode),
         text_tokenizer,
         num_image_positions=num_positions(vision_tokenizer, spec.projector.merge_size, spec.size),
-        chat_template=template,
+        chat_template=_template(spec.chat_template),
     )
+    check_template(processor)
+    return processor
 
 
-def build_model(spec: ModelSpec, vision_tokenizer: VisionTokenizer) -> tuple[EttForConditionalGeneration, EttProcessor]:
-    """The model around `vision_tokenizer`, in float32, and its processor."""
+def _template(given: str) -> str | None:
+    if given == "lm":
+        return None
+    if given not in CHAT_TEMPLATES and "{{" not in given and "{%" not in given:
+        raise RecipeError(unknown("value for model.chat_template:", given, ["lm", *CHAT_TEMPLATES, "a Jinja template"]))
+    return CHAT_TEMPLATES.get(given, given)
+
+
+def check_template(processor: EttProcessor) -> None:
+    """Render a probe conversation: the picture, the question, the answer and what ends it must all be there.
+
+    Raises:
+        RecipeError: they are not, or the template is no Jinja.
+    """
+    question: list[dict[str, str]] = [{"type": "image"}, {"type": "text", "text": "question"}]
+    probe: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": "answer"}]
+    try:
+        ids, labels = processor.tokenize_conversation(probe)
+    except (TemplateError, ModelError) as error:
+        raise RecipeError(f"model.chat_template cannot be used: {first_line(error)}") from error
+    supervised = [label for label in labels if label != IGNORE_INDEX]
+    text = str(processor.tokenizer.decode([i for i in ids if i != processor.image_token_id]))
+    if ids.count(processor.image_token_id) != processor.num_image_positions or "question" not in text or not supervised:
+        raise RecipeError(
+            "model.chat_template leaves out the picture, the question or the answer. It must render all three."
+        )
+    if str(processor.tokenizer.decode(supervised)).strip() == "answer":
+        raise RecipeError(
+            "Nothing ends an answer: the text tokenizer has no end-of-sequence token, or the chat template does not write it. "
+            "The model would never learn to stop."
+        )
+
+
+def build_model(
+    spec: ModelSpec, vision_tokenizer: VisionTokenizer, *, weights: bool = True
+) -> tuple[EttForConditionalGeneration, EttProcessor]:
+    """The model around `vision_tokenizer`, in float32, and its processor.
+
+    `weights=False` builds it on the meta device, to find out whether it can be built.
+    """
     if spec.language_model is None:
         raise RecipeError("This stage trains through a language model: the recipe needs model.language_model.")
-    language_model, text_tokenizer = load_language_model(spec.language_model)
-    image_token_id = add_image_token(text_tokenizer)
+    language_model, text_tokenizer = parts_of(spec.language_model, weights=weights)
     config = EttConfig(
         projector=to_mapping(spec.projector),
-        losses=to_mapping(spec.losses),
         visual_input=spec.visual_input,
-        image_token_id=image_token_id,
+        image_token_id=add_image_token(text_tokenizer),
         lora=spec.lora,
     )
-    model = EttForConditionalGeneration.from_parts(config, vision_tokenizer, language_model)
+    with torch.device("cpu" if weights else "meta"):
+        model = EttForConditionalGeneration.from_parts(config, vision_tokenizer, language_model)
     if spec.visual_input == "index" and spec.index_init == "random":
         assert model.index_embedding is not None
         nn.init.normal_(model.index_embedding.weight)
     return model, build_processor(spec, text_tokenizer, vision_tokenizer)
 
 
-def load_model(directory: Path) -> tuple[EttForConditionalGeneration, EttProcessor]:
-    """A saved model in evaluation mode, and its processor.
+def check_model(spec: ModelSpec) -> None:
+    """Find out, without loading weights, whether the recipe's model can be built.
 
     Raises:
-        ModelError: no model there, a damaged file, or weights that do not fit the configuration.
+        UserError: why not.
     """
-    if not is_saved_model(directory):
-        raise ModelError(f"{directory} holds no model saved by ett (it has no processor_config.json).")
-    try:
-        loaded: Any = EttForConditionalGeneration.from_pretrained(
-            # tensors of another shape are reported below, with the rest, and never used
-            directory,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
+    if spec.init is not None:
+        find_weights(spec.init)
+        return
+    if "path" in spec.vision_tokenizer:
+        tokenizer = build_vision_tokenizer(spec)
+    else:
+        with torch.device("meta"):
+            tokenizer = build_vision_tokenizer(spec)
+    if spec.language_model is not None:
+        build_model(spec, tokenizer.to("meta"), weights=False)
+
+
+def start_from(directory: Path, spec: ModelSpec) -> tuple[EttForConditionalGeneration, EttProcessor]:
+    """A saved model as the start of a run, with the recipe's visual input, adapters and chat template.
+
+    Raises:
+        RecipeError: the recipe also describes parts that the saved model already has.
+        ModelError: the model cannot be loaded, or reads indices where the recipe says embeddings.
+    """
+    model, processor = load_model(directory)
+    images = processor.image_processor
+    fixed = {
+        "image_size": spec.size in ((256, 256), (images.height, images.width)),
+        "image_mode": spec.image_mode in ("pad", images.mode),
+        "vision_tokenizer": not spec.vision_tokenizer,
+        "language_model": spec.language_model is None,
+        "projector": spec.projector in (ProjectorConfig(), model.config.projector_config),
+        "lora": spec.lora is None or model.config.lora is None or spec.lora == model.config.lora,
+    }
+    refused = [name for name, fits in fixed.items() if not fits]
+    if refused:
+        raise RecipeError(
+            f"model.init = {spec.init!r} brings its own {', '.join(refused)}; leave model.{', model.'.join(refused)} out."
         )
-        model, report = cast(tuple[EttForConditionalGeneration, dict[str, Any]], loaded)
-        processor = EttProcessor.from_pretrained(directory)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"The model in {directory} cannot be loaded: {_first_line(error)}") from error
-    reshaped = [key[0] if isinstance(key, tuple) else str(key) for key in report["mismatched_keys"]]
-    wrong = sorted([*report["missing_keys"], *report["unexpected_keys"], *reshaped])
-    if wrong:
-        raise ModelError(
-            f"The weights in {directory} belong to another architecture: {len(wrong)} tensors do not fit "
-            f"({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})."
-        )
-    channels_last(model.vision_tokenizer)
-    return model.eval(), processor
+    if spec.visual_input == "embedding" and model.index_embedding is not None:
+        raise ModelError(f"The model in {directory} reads indices; set model.visual_input: index in the recipe.")
+    if spec.visual_input == "index" and model.index_embedding is None:
+        model.config.visual_input = "index"
+        codes = model.vision_tokenizer.quantize.codebook.detach().clone()
+        model.index_embedding = nn.Embedding.from_pretrained(codes, freeze=False)
+        if spec.index_init == "random":
+            nn.init.normal_(model.index_embedding.weight)
+    if spec.lora is not None and model.config.lora is None:
+        model.config.lora = spec.lora
+        inject_lora(model.language_model, spec.lora)
+    if spec.chat_template != "lm":
+        processor.chat_template = _template(spec.chat_template)
+        check_template(processor)
+    return model, processor

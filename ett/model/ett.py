@@ -71,7 +71,9 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if config.lora is not None:
             inject_lora(self.language_model, config.lora)
         self.projector = Projector(
-            config.projector_config, self.vision_tokenizer.codebook_dim, config.text_config.hidden_size
+            config.projector_config,
+            self.vision_tokenizer.codebook_dim,
+            config.text_config.get_text_config().hidden_size,
         )
         self.index_embedding: nn.Embedding | None = None
         if config.visual_input == "index":
@@ -99,14 +101,14 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if config.lora is not None:
             inject_lora(language_model, config.lora)
         model.projector = Projector(
-            config.projector_config, vision_tokenizer.codebook_dim, config.text_config.hidden_size
+            config.projector_config, vision_tokenizer.codebook_dim, config.text_config.get_text_config().hidden_size
         )
         if config.visual_input == "index":
             model.index_embedding = nn.Embedding.from_pretrained(
                 vision_tokenizer.quantize.codebook.detach().clone(), freeze=False
             )
         model.generation_config = language_model.generation_config
-        if config.image_token_id < config.text_config.vocab_size:
+        if config.image_token_id < config.text_config.get_text_config().vocab_size:
             # a placeholder is never an answer, and could not be read back as one
             model.generation_config.suppress_tokens = [config.image_token_id]
         return model
@@ -231,12 +233,27 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=outputs.logits,
             losses=losses,
-            past_key_values=outputs.past_key_values,
+            past_key_values=getattr(outputs, "past_key_values", None),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             quantized=quantized,
             reconstruction=reconstruction,
         )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        # beams repeat rows; pictures belong to rows, of which each may have any number
+        pixel_values = kwargs.pop("pixel_values", None)
+        expanded, rest = super()._expand_inputs_for_generation(  # type: ignore[misc]  # typed for a protocol
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=cast(torch.LongTensor, input_ids),
+            **kwargs,
+        )
+        if pixel_values is not None and len(pixel_values) > 0 and input_ids is not None and expand_size > 1:
+            pixel_values = _repeat_pictures(pixel_values, input_ids == self.config.image_token_id, expand_size)
+        return expanded, {**rest, "pixel_values": pixel_values}
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # one argument more; the rest goes through kwargs
         self,
@@ -256,6 +273,20 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
         return inputs
+
+
+def _repeat_pictures(pixel_values: Tensor, is_image: Tensor, times: int) -> Tensor:
+    """Each conversation's pictures, `times` over, conversation by conversation.
+
+    Args:
+        pixel_values: [I, 3, H, W] in reading order. is_image: bool[B, T], the placeholders.
+
+    Returns:
+        [I * times, 3, H, W], as rows that were each repeated `times` over read them.
+    """
+    positions = int(is_image.sum()) // pixel_values.shape[0]
+    counts = (is_image.sum(dim=1) // positions).tolist()
+    return torch.cat([pictures.repeat(times, 1, 1, 1) for pictures in pixel_values.split(counts)])
 
 
 def _keep(targets: Tensor, logits_to_keep: int | Tensor) -> Tensor:

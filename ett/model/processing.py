@@ -217,9 +217,8 @@ class EttProcessor(ProcessorMixin):
 
     def _leading_ids(self, input_ids: list[int]) -> list[int]:
         """What the tokenizer puts in front of every text (a BOS token), unless the template wrote it already."""
-        bos = self.tokenizer.bos_token_id
-        wanted: list[int] = self.tokenizer("").input_ids
-        return [bos] if isinstance(bos, int) and wanted[:1] == [bos] and input_ids[:1] != [bos] else []
+        wanted = [i for i in self.tokenizer("").input_ids if i != self.tokenizer.eos_token_id]
+        return [] if input_ids[: len(wanted)] == wanted else wanted
 
     # -- for pipelines and foreign trainers ----------------------------------------------------------------------------
 

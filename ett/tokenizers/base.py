@@ -141,7 +141,7 @@ class VisionTokenizer(nn.Module, ABC):
         """
         given = dict(mapping)
         kind = given.pop("tokenizer_type", "ibq")
-        if kind not in VisionTokenizer.registry:
+        if not isinstance(kind, str) or kind not in VisionTokenizer.registry:
             raise RecipeError(unknown(f"{where}.tokenizer_type", kind, VisionTokenizer.registry))
         cls = VisionTokenizer.registry[kind]
         return cls(from_mapping(cls.config_class, given, where))

@@ -118,9 +118,9 @@ class IndexBackpropagationQuantizer(Quantizer):
             codebook = self.codebook
             z = self._rows(features)
             distributed = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-            found = index_backprop(
-                self._query(z), codebook, self.entropy_temperature if entropy else None, all_ranks=distributed
-            )
+            # the query already carries 1 / temperature: the entropy softmax is of l / T, whatever the index softmax's is
+            entropy_temperature = self.entropy_temperature / self.temperature if entropy else None
+            found = index_backprop(self._query(z), codebook, entropy_temperature, all_ranks=distributed)
             quantization_loss = (
                 F.mse_loss(found.soft, z)
                 + F.mse_loss(found.hard.detach(), z)

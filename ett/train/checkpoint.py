@@ -67,13 +67,7 @@ def load_checkpoint(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.
     Raises:
         ModelError: a damaged file, or a checkpoint of another architecture.
     """
-    meta = json.loads((checkpoint.path / META).read_text(encoding="utf-8"))
-    for name, expected in meta["sha256"].items():
-        if _sha256(checkpoint.path / name) != expected:
-            raise ModelError(
-                f"{checkpoint.path / name} is damaged: its hash is not the recorded one. Delete the folder "
-                f"{checkpoint.path} to resume from the checkpoint before it."
-            )
+    _check_whole(checkpoint)
     stored = load_file(checkpoint.path / WEIGHTS)
     own = training_tensors(module)
     if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
@@ -87,6 +81,20 @@ def load_checkpoint(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.
     state = torch.load(checkpoint.path / STATE, weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
     restore_random_state(state["random"])
+
+
+def _check_whole(checkpoint: Checkpoint) -> None:
+    """Every file is there with the hash that was recorded when it was written."""
+    advice = f"Delete the folder {checkpoint.path} to resume from the checkpoint before it."
+    try:
+        hashes = json.loads((checkpoint.path / META).read_text(encoding="utf-8"))["sha256"]
+        for name in (WEIGHTS, STATE):
+            if _sha256(checkpoint.path / name) != hashes[name]:
+                raise ModelError(f"{checkpoint.path / name} is damaged: its hash is not the recorded one. {advice}")
+    except FileNotFoundError as error:
+        raise ModelError(f"{error.filename} is missing. {advice}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ModelError(f"{checkpoint.path / META} is damaged. {advice}") from error
 
 
 def list_checkpoints(directory: Path, stage: str) -> list[Checkpoint]:

@@ -60,12 +60,14 @@ class StageData:
         validation: fixed examples for validation, possibly none.
         processor: turns examples into tensors.
         num_workers: processes that decode and encode; 0 does it in the loop.
+        max_length: positions after which a conversation is cut; None keeps all.
     """
 
     mixture: Mixture
     validation: Sequence[Encoded]
     processor: EttProcessor
     num_workers: int
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class TokenizerObjective(nn.Module):
 
     def forward(self, batch: Batch, loss_config: LossConfig, shares: Shares) -> tuple[Tensor, Losses]:
         """(loss float[], terms by name); alpha plays no part where there is no other loss."""
+        if len(batch.pixel_values) == 0:
+            return torch.zeros((), device=batch.pixel_values.device), {}
         reconstruction, quantized = self.vision_tokenizer(batch.pixel_values, entropy=loss_config.entropy_weight > 0)
         losses = tokenizer_losses(batch.pixel_values, reconstruction, quantized, loss_config)
         return tokenizer_loss(losses, loss_config) * shares.images, losses
@@ -189,7 +193,7 @@ class Stage:
             started, seen = time.monotonic(), 0
             for micro_batches in batches:
                 if self.step == 0 and isinstance(self.model, EttForConditionalGeneration):
-                    self._check_freezing(micro_batches[0])
+                    self._check_freezing(micro_batches)
                 losses, norm = self._train_step(micro_batches)
                 self.step += 1
                 seen += config.batch_size
@@ -250,7 +254,9 @@ class Stage:
             synced = i == len(micro_batches) - 1
             with nullcontext() if synced else self.accelerator.no_sync(self.objective):
                 loss, losses = self.objective(batch, self.losses, shares)
-                self.accelerator.backward(loss)
+                # text alone passes no part that `align` trains: nothing to learn from it there
+                if loss.requires_grad:
+                    self.accelerator.backward(loss)
             for name, value in {"loss": loss, **losses}.items():
                 factor = 1.0 if name in ("loss", "caption_loss") else shares.images
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() * factor
@@ -270,8 +276,8 @@ class Stage:
     def _refuse(self, losses: Losses, norm: float) -> None:
         shown = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
         raise NonFiniteLoss(
-            f"Stage {self.name}, step {self.step + 1}: the gradient norm is {norm} ({shown}). The step was not taken. Lower "
-            "optimizer.learning_rate or optimizer.max_grad_norm, then continue from the last checkpoint with --resume."
+            f"Stage {self.name}, step {self.step + 1}: the gradient norm is {norm} ({shown}). The step was not taken. Start "
+            "anew with a lower optimizer.learning_rate or optimizer.max_grad_norm (--overwrite)."
         )
 
     def _rates(self) -> dict[str, float]:
@@ -290,11 +296,11 @@ class Stage:
             self.accelerator.num_processes,
         )
         loader: DataLoader[Any] = DataLoader(
-            EncodedDraws(self.data.mixture, self.data.processor, self.config.max_length),
+            EncodedDraws(self.data.mixture, self.data.processor, self.data.max_length),
             batch_sampler=sampler,
             collate_fn=_Collate(self.data.processor),
             num_workers=self.data.num_workers,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_leave_signals_to_the_loop,
             # its own generator: a loader otherwise draws its workers' seed from the state that training resumes
             generator=torch.Generator(),
         )
@@ -310,8 +316,12 @@ class Stage:
     def _collate(self, items: Sequence[Encoded]) -> Batch:
         return self.data.processor.collate(items).to(self.accelerator.device)
 
-    def _check_freezing(self, batch: Batch) -> None:
+    def _check_freezing(self, batches: list[Batch]) -> None:
+        """Assert, with gradients, what trains. A step without pictures or answers can tell nothing and is let pass."""
         assert isinstance(self.model, EttForConditionalGeneration)
+        batch = next((batch for batch in batches if len(batch.pixel_values) > 0 and batch.num_supervised > 0), None)
+        if batch is None:
+            return
         with self.accelerator.autocast():
             reach = caption_reach(self.model, batch, self.losses)
         check_reach(reach, self.config, self.model.config.visual_input)
@@ -339,9 +349,11 @@ class _Collate:
         return self.processor.collate(encoded)
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the loop answers it and ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_loop(_worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal, a scheduler's SIGTERM every process of the job. The loop answers both by
+    saving, which needs its workers to the end of the step; a worker ends when the loop tells it to or is gone."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def encode_all(mixture: Mixture, count: int, processor: EttProcessor, max_length: int | None) -> list[Encoded]:

@@ -29,7 +29,6 @@ _TRAINS: dict[str, tuple[PartName, ...]] = {
     "semantic": ("vision_tokenizer", "projector", "language_model"),
     "chat": ("projector", "language_model"),
 }
-_NO_TOKENIZER_LOSS = ("align", "chat")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class StageConfig:
         batch_size: examples per step over all ranks and accumulated micro-batches.
         micro_batch_size: examples per forward on one rank; null takes as many as fit the batch size.
         optimizer: learning rates and schedule.
-        losses: weights; null takes the stage's: alpha 0 for align and chat, the paper's 0.25 for semantic.
+        losses: weights; null takes the paper's. alpha counts only where the vision tokenizer trains: it is 0 elsewhere.
         trains: parts to train instead of the stage's own, for controls such as a frozen tokenizer.
         data: mixture; null takes the recipe's.
         max_length: positions after which a conversation is cut; null keeps all.
@@ -90,9 +89,8 @@ class StageConfig:
     @property
     def loss_config(self) -> LossConfig:
         """The weights in force."""
-        if self.losses is not None:
-            return self.losses
-        return replace(LossConfig(), tokenizer_weight=0.0) if self.stage in _NO_TOKENIZER_LOSS else LossConfig()
+        given = self.losses or LossConfig()
+        return given if "vision_tokenizer" in self.parts else replace(given, tokenizer_weight=0.0)
 
 
 def part_of(name: str) -> PartName:

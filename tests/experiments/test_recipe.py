@@ -116,3 +116,17 @@ def test_shipped_recipes_parse_and_say_what_they_cost(path: Path) -> None:
     head = path.read_text(encoding="utf-8").split("name:")[0]
     for word in ("command", "hardware", "duration", "expected"):
         assert f"#   {word}" in head, f"{path.name} does not state its {word}"
+
+
+def test_overrides_do_not_leak_through_yaml_anchors(recipe_file: Path) -> None:
+    text = recipe_file.read_text(encoding="utf-8")
+    given = yaml.safe_load(text)
+    shared = {"learning_rate": 1e-3}
+    given["stages"][1]["optimizer"] = given["stages"][2]["optimizer"] = shared
+    recipe_file.write_text(yaml.safe_dump(given), encoding="utf-8")
+    assert "&id" in recipe_file.read_text(encoding="utf-8")
+    recipe = load_recipe(recipe_file, ["stages.semantic.optimizer.learning_rate=5e-5"])
+    assert [stage.optimizer.learning_rate for stage in recipe.stages[1:3]] == [1e-3, 5e-5]
+    recipe_file.write_text("name: &a [*a]\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="contains itself|not valid YAML"):
+        load_recipe(recipe_file)

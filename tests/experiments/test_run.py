@@ -276,8 +276,12 @@ def test_folders_are_not_overwritten_by_accident(toy_recipe: dict[str, Any], tmp
     before = digests(out)
     Run(recipe_from(toy_recipe), out, overwrite=True).train()
     assert digests(out) != before
+    (out / "thesis.txt").write_text("mine", encoding="utf-8")
+    Run(recipe_from(toy_recipe), out, overwrite=True).train()
+    assert (out / "thesis.txt").exists(), "only what a run writes is deleted"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("x", encoding="utf-8")
+    (tmp_path / "other" / "recipe.yaml").write_text("mine", encoding="utf-8")
     with pytest.raises(RecipeError, match="is not a run's folder"):
         Run(recipe, tmp_path / "other", overwrite=True)
     assert (tmp_path / "other" / "precious.txt").exists()
@@ -373,3 +377,66 @@ def test_visual_index_and_lora_survive_a_resume(toy_recipe: dict[str, Any], tmp_
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     model, _ = load_model(tmp_path / "killed")
     assert any(".lora_B" in name and p.abs().sum() > 0 for name, p in model.named_parameters())
+
+
+def test_resume_refuses_changed_data_and_lets_the_loader_change(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    toy_recipe["stages"] = toy_recipe["stages"][:1]
+    Run(recipe_from(toy_recipe), tmp_path / "run").train()
+    toy_recipe["num_workers"] = 1
+    Run(recipe_from(toy_recipe), tmp_path / "run", resume=True)
+    manifest = Path(toy_recipe["data"][0]["path"])
+    manifest.write_text(manifest.read_text(encoding="utf-8").replace("number 3", "number 4"), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"manifest\.jsonl has changed"):
+        Run(recipe_from(toy_recipe), tmp_path / "run", resume=True)
+
+
+def test_an_emptied_stage_is_done_again(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe, out = recipe_from(toy_recipe), tmp_path / "run"
+    Run(recipe, out).train()
+    before = digests(out)
+    for path in (out / "stages" / "2-semantic").iterdir():
+        path.unlink()
+    Run(recipe, out, resume=True).train()
+    assert digests(out) == before
+
+
+def test_text_only_examples_among_pictures(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A micro-batch without any picture trains what text reaches, in every stage, and crashes none."""
+    manifest = Path(toy_recipe["data"][0]["path"])
+    lines = manifest.read_text(encoding="utf-8").splitlines()
+    turns = [{"from": "human", "value": "Say hi"}, {"from": "gpt", "value": "hi"}]
+    lines[::2] = [json.dumps({"id": f"t{i}", "conversations": turns}) for i in range(len(lines[::2]))]
+    manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for stage in toy_recipe["stages"]:
+        stage |= {"batch_size": 2, "micro_batch_size": 1, "steps": 6}
+    Run(recipe_from(toy_recipe), tmp_path / "run").train()
+    events = read_log(tmp_path / "run" / "log.jsonl")
+    assert {e["stage"] for e in events if e["event"] == "step" and e["step"] == 6} == {
+        "tokenizer",
+        "align",
+        "semantic",
+        "chat",
+    }
+
+
+def test_the_saved_model_carries_the_objective_it_was_trained_on(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    toy_recipe["stages"] = [dict(toy_recipe["stages"][2], losses={"tokenizer_weight": 0.5, "entropy_weight": 0.01})]
+    Run(recipe_from(toy_recipe), tmp_path / "run").train()
+    model, _ = load_model(tmp_path / "run")
+    assert model.config.loss_config.tokenizer_weight == 0.5
+    assert model.config.loss_config.entropy_weight == 0.01
+
+
+def test_init_refuses_what_it_cannot_change(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    Run(recipe_from(toy_recipe), tmp_path / "base").train()
+    stages = [dict(toy_recipe["stages"][1])]
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    given = {**toy_recipe, "stages": stages, "model": {"init": str(tmp_path / "base"), "lora": lora}}
+    given["stages"][0]["trains"] = ["projector", "language_model"]
+    Run(recipe_from(given), tmp_path / "lora").train()
+    model, _ = load_model(tmp_path / "lora")
+    assert model.config.lora == lora
+    given["model"] = {"init": str(tmp_path / "base"), "projector": {"depth": 3}, "image_size": 64}
+    with pytest.raises(RecipeError, match="brings its own image_size, projector"):
+        Run(recipe_from(given), tmp_path / "x").train()
+    assert not (tmp_path / "x").exists()

@@ -17,7 +17,8 @@ from ett.data.sources import conversation
 from ett.losses.caption import supervised_columns
 from ett.losses.joint import LossConfig
 from ett.model import EttForConditionalGeneration, EttProcessor
-from ett.model.build import ModelSpec, build_model, build_vision_tokenizer, load_model
+from ett.model.build import ModelSpec, build_model, build_vision_tokenizer
+from ett.model.loading import load_model
 from ett.model.lora import merge_lora
 from ett.types import Batch, Example
 from tests.conftest import LANGUAGE_MODELS, TOKENIZER
@@ -276,3 +277,30 @@ def test_generation_continues_the_forward(tmp_path: Path) -> None:
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     assert torch.equal(generated, ids)
+
+
+def test_beams_read_their_own_pictures() -> None:
+    """Rows repeated for beams or several answers keep their pictures, whatever the number of these in a row."""
+    model, processor = build()
+    model.eval()
+    prompts = processor.prompt(examples())
+    assert prompts.pixel_values.shape[0] == 3
+    given = {
+        "input_ids": prompts.input_ids,
+        "attention_mask": prompts.attention_mask,
+        "pixel_values": prompts.pixel_values,
+    }
+    greedy = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    seen: list[torch.Tensor] = []
+    plain = model.vision_tokenizer.encode
+
+    def encode(pixel_values: torch.Tensor) -> torch.Tensor:
+        seen.append(pixel_values)
+        return plain(pixel_values)
+
+    model.vision_tokenizer.encode = encode  # type: ignore[method-assign]
+    model.generate(**given, max_new_tokens=4, do_sample=True, num_return_sequences=2)
+    one, two, three = prompts.pixel_values
+    assert torch.equal(seen[0], torch.stack([one, one, two, three, two, three]))
+    beams = model.generate(**given, max_new_tokens=4, min_new_tokens=4, num_beams=2, do_sample=False)
+    assert beams.shape == greedy.shape

@@ -129,7 +129,7 @@ def test_quantizer_losses_and_gradients(normalize: bool, temperature: float) -> 
     if normalize:
         assert quantizer.log_scale is not None
         z, codebook, scale = F.normalize(z, dim=1), F.normalize(codebook, dim=1), quantizer.log_scale.exp()
-    soft, hard, indices, entropy = dense(z * (scale / temperature), codebook, 0.01)
+    soft, hard, indices, entropy = dense(z * (scale / temperature), codebook, 0.01 / temperature)
     quantization = (
         ((soft - z) ** 2).mean() + ((hard.detach() - z) ** 2).mean() + 0.25 * ((hard - z.detach()) ** 2).mean()
     )

@@ -1,0 +1,140 @@
+"""A run's folder: whose it is, what may be continued, what may be deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from ett import __version__
+from ett.errors import ModelError, RecipeError
+from ett.experiments.recipe import Recipe, dump_recipe, load_recipe
+
+RECIPE_NAME = "recipe.yaml"
+MARKER_NAME = "run.json"
+OWN = ("checkpoints", "stages", "tensorboard", "samples", RECIPE_NAME, MARKER_NAME, "log.jsonl", "samples.json")
+OWN_PATTERNS = ("evaluation*.json", "report.html", "report.json")
+
+
+class RunFolder:
+    """The output folder of one recipe. Nothing in it changes before `open`.
+
+    Args:
+        path: may exist or not.
+        recipe: what the run is.
+        resume: continue what is there. overwrite: delete the run that is there, and nothing but the run.
+
+    Raises:
+        RecipeError: the folder is occupied, or by another recipe's run, or by no run at all.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+        self.path, self.recipe, self.overwrite = path, recipe, overwrite
+        if path.exists() and not path.is_dir():
+            raise RecipeError(f"{path} is a file; give a folder with --out.")
+        occupied = path.is_dir() and any(path.iterdir())
+        if occupied and not (resume or overwrite):
+            raise RecipeError(
+                f"The output folder {path} already exists. Continue it with --resume, replace it with --overwrite, or "
+                "choose another with --out."
+            )
+        if occupied and not (path / MARKER_NAME).is_file():
+            raise RecipeError(
+                f"{path} is not a run's folder (it has no {MARKER_NAME}), so it is neither continued nor deleted. Choose "
+                "another with --out."
+            )
+        if occupied and resume:
+            self._check_same()
+
+    def open(self) -> None:
+        """Make the folder, or empty it of the run that is to be overwritten, and write the recipe.
+
+        Raises:
+            RecipeError: it cannot be made.
+        """
+        try:
+            if self.overwrite and self.path.is_dir():
+                self._delete_run()
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / MARKER_NAME).is_file():
+                marker = {"ett": __version__, "manifests": _manifest_hashes(self.recipe)}
+                _write(self.path / MARKER_NAME, json.dumps(marker, indent=2) + "\n")
+            _write(self.path / RECIPE_NAME, dump_recipe(self.recipe))
+        except OSError as error:
+            raise RecipeError(
+                f"{self.path} cannot be written: {error.strerror}. Choose another folder with --out."
+            ) from error
+
+    def stage(self, k: int) -> Path:
+        """Where stage `k` leaves its model."""
+        return self.path / "stages" / f"{k}-{self.recipe.stage_names[k]}"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the stage under way keeps its training state."""
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> int:
+        """Number of finished stages; 0 where the run is to be overwritten and that has not happened yet."""
+        done = 0
+        while done < len(self.recipe.stages) and _holds_weights(self.stage(done)):
+            done += 1
+        return done
+
+    @property
+    def model(self) -> Path:
+        """The last finished stage's model."""
+        if self.finished == 0:
+            raise ModelError(f"{self.path} has not finished a stage yet. Continue it with --resume.")
+        return self.stage(self.finished - 1)
+
+    def _delete_run(self) -> None:
+        """Only what a run writes: whatever else someone keeps in the folder stays."""
+        for entry in [*(self.path / name for name in OWN), *(p for o in OWN_PATTERNS for p in self.path.glob(o))]:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+
+    def _check_same(self) -> None:
+        """A resumed run continues the same recipe on the same data; anything else would not be what an uninterrupted run gives.
+        How many processes load data and who tracks the run may change."""
+        written = self.path / RECIPE_NAME
+        before, now = (_comparable(recipe) for recipe in (load_recipe(written), self.recipe))
+        if before != now:
+            changed = [line.strip() for line in now.splitlines() if line not in before.splitlines()]
+            shown = "; ".join(changed[:3]) or "a key was removed"
+            raise RecipeError(
+                f"{self.path} was started with another recipe (now: {shown}). Resume it with its own: "
+                f"ett train {written} --out {self.path} --resume. Or start anew with --overwrite."
+            )
+        marker = json.loads((self.path / MARKER_NAME).read_text(encoding="utf-8"))
+        for name, expected in marker["manifests"].items():
+            if _manifest_hashes(self.recipe).get(name) != expected:
+                raise RecipeError(
+                    f"{name} has changed since {self.path} was started, so the run cannot be continued exactly. Restore the "
+                    "file, or start anew with --overwrite."
+                )
+
+
+def _comparable(recipe: Recipe) -> str:
+    return dump_recipe(replace(recipe, num_workers=0, trackers=()))
+
+
+def _manifest_hashes(recipe: Recipe) -> dict[str, str]:
+    sources = [*recipe.data, *(source for stage in recipe.stages for source in stage.data or ())]
+    paths = {source.path for source in sources if source.path is not None}
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(paths)}
+
+
+def _holds_weights(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _write(path: Path, text: str) -> None:
+    work = path.with_suffix(".tmp")
+    work.write_text(text, encoding="utf-8")
+    work.replace(path)

@@ -1,0 +1,170 @@
+"""Reading saved models, tokenizers and language models: complete and undamaged, or one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as TextTokenizer
+
+from ett.errors import ModelError
+from ett.model.ett import EttForConditionalGeneration
+from ett.model.processing import EttProcessor
+from ett.model.smollm2 import NAME as SMOLLM2
+from ett.model.smollm2 import prepare_smollm2
+from ett.model.text import byte_tokenizer
+from ett.tokenizers import VisionTokenizer
+from ett.tokenizers.base import channels_last
+
+SHIPPED_WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+"""Small trained parts that come with the package."""
+
+T = TypeVar("T")
+
+# What transformers raises for a folder that someone damaged or edited: its readers trust their JSON files and look keys and
+# types up as they go. Caught around its loading functions alone.
+DAMAGED = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ZeroDivisionError,
+    AssertionError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
+def find_weights(path: object) -> Path:
+    """The folder at `path`, or the shipped weights of that name.
+
+    Raises:
+        ModelError: neither exists.
+    """
+    known = sorted(p.name for p in SHIPPED_WEIGHTS.iterdir() if p.is_dir()) if SHIPPED_WEIGHTS.is_dir() else []
+    if isinstance(path, str | Path):
+        given = Path(path)
+        if given.is_dir():
+            return given
+        if str(path) in known:
+            return SHIPPED_WEIGHTS / str(path)
+    raise ModelError(
+        f"There is no folder {path!r}. Give a saved model's or tokenizer's, or a shipped one: {', '.join(known)}."
+    )
+
+
+def is_saved_model(directory: Path) -> bool:
+    """Whether `directory` holds a complete model (`EttForConditionalGeneration`), not a tokenizer alone."""
+    return (directory / "processor_config.json").is_file()
+
+
+def load_vision_tokenizer(directory: Path) -> VisionTokenizer:
+    """A tokenizer from its own folder or out of a saved model's."""
+    if not is_saved_model(directory):
+        return VisionTokenizer.from_pretrained(directory)
+    tokenizer: VisionTokenizer = load_model(directory)[0].vision_tokenizer
+    return tokenizer
+
+
+def load_model(directory: Path) -> tuple[EttForConditionalGeneration, EttProcessor]:
+    """A saved model in evaluation mode, and its processor.
+
+    Raises:
+        ModelError: no model there, a damaged file, or weights that do not fit the configuration.
+    """
+    if not is_saved_model(directory):
+        raise ModelError(
+            f"{directory} holds no model saved by ett: it has no processor_config.json. Save the processor beside the model "
+            "(processor.save_pretrained), or give another folder."
+        )
+    model = _complete(f"The model in {directory}", EttForConditionalGeneration.from_pretrained, directory)
+    processor: EttProcessor = _guarded(f"The processor in {directory}", lambda: EttProcessor.from_pretrained(directory))
+    channels_last(model.vision_tokenizer)
+    return model.eval(), processor
+
+
+def load_language_model(path: str) -> PreTrainedModel:
+    """The causal LM at a folder, hub id or "smollm2", in float32, every tensor from the file.
+
+    Raises:
+        ModelError: there is none, a file is damaged, or tensors are missing.
+    """
+    return _complete(
+        f"The language model {path!r}",
+        AutoModelForCausalLM.from_pretrained,
+        language_model_folder(path),
+        allow_unexpected=True,
+        dtype=torch.float32,
+    )
+
+
+def load_language_config(path: str) -> PreTrainedConfig:
+    """Its configuration alone; ModelError as `load_language_model`."""
+    config: PreTrainedConfig = _guarded(
+        f"The language model {path!r}", lambda: AutoConfig.from_pretrained(language_model_folder(path))
+    )
+    return config
+
+
+def load_text_tokenizer(name: str) -> TextTokenizer:
+    """The text tokenizer at a folder, hub id, "smollm2" or "bytes".
+
+    Raises:
+        ModelError: there is none.
+    """
+    if name == "bytes":
+        return byte_tokenizer()
+    tokenizer: TextTokenizer = _guarded(
+        f"The text tokenizer {name!r}", lambda: AutoTokenizer.from_pretrained(language_model_folder(name))
+    )
+    return tokenizer
+
+
+def language_model_folder(path: str) -> str:
+    """`path`, or where "smollm2" was prepared (it is prepared now, if need be)."""
+    return str(prepare_smollm2()) if path == SMOLLM2 else path
+
+
+def _complete(
+    what: str, from_pretrained: Callable[..., Any], path: object, allow_unexpected: bool = False, **kwargs: Any
+) -> Any:
+    """Load with transformers and refuse what it would fill with random numbers.
+
+    Public language models carry buffers that newer code computes, hence `allow_unexpected`.
+    """
+    # tensors of another shape are reported below with the rest, and never used
+    loaded = _guarded(
+        what, lambda: from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    )
+    model, report = cast(tuple[Any, Mapping[str, Any]], loaded)
+    reshaped = [key[0] if isinstance(key, tuple) else str(key) for key in report["mismatched_keys"]]
+    unexpected = [] if allow_unexpected else report["unexpected_keys"]
+    wrong = sorted({*report["missing_keys"], *unexpected, *reshaped})
+    if wrong:
+        raise ModelError(
+            f"{what} holds weights of another architecture, or not all of them: {len(wrong)} tensors do not fit "
+            f"({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})."
+        )
+    return model
+
+
+def _guarded(what: str, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except ModelError:
+        raise
+    except DAMAGED as error:
+        raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of a library's message, which may go on for pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
