@@ -128,5 +128,5 @@ def test_overrides_do_not_leak_through_yaml_anchors(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["stages.semantic.optimizer.learning_rate=5e-5"])
     assert [stage.optimizer.learning_rate for stage in recipe.stages[1:3]] == [1e-3, 5e-5]
     recipe_file.write_text("name: &a [*a]\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match="contains itself|not valid YAML"):
+    with pytest.raises(RecipeError, match=r"contains itself|not valid YAML"):
         load_recipe(recipe_file)
