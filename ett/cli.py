@@ -183,7 +183,8 @@ def _train(arguments: argparse.Namespace) -> int:
     except Interrupted as interruption:
         report_interruption(interruption, [arguments.recipe, *arguments.overrides], out)
         return 128 + interruption.signal_number
-    print(folder)
+    if os.environ.get("RANK", "0") == "0":
+        print(folder)
     return 0
 
 

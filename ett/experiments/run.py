@@ -174,6 +174,8 @@ class Run:
         AcceleratorState._reset_state(reset_partial_state=False)
         try:
             return Accelerator(
+                # without a word, several processes on CPUs would each take themselves for the only one
+                cpu=not torch.accelerator.is_available(),
                 mixed_precision="bf16" if self.recipe.precision == "bf16" else "no",
                 log_with=list(self.recipe.trackers) or None,
                 project_dir=str(self.folder.path),

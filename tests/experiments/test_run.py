@@ -440,3 +440,45 @@ def test_init_refuses_what_it_cannot_change(toy_recipe: dict[str, Any], tmp_path
     with pytest.raises(RecipeError, match="brings its own image_size, projector"):
         Run(recipe_from(given), tmp_path / "x").train()
     assert not (tmp_path / "x").exists()
+
+
+def test_two_processes_train_as_one(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """torchrun with two CPU processes takes the steps of one: same examples, same losses, entropy over both ranks."""
+    for stage in toy_recipe["stages"]:
+        # a small rate: the entropy term at T = 0.01 magnifies the rounding of an update, and only sums are compared here
+        stage |= {"batch_size": 4, "micro_batch_size": None, "optimizer": {"learning_rate": 1e-6}}
+    toy_recipe["model"]["language_model"]["config"]["attention_dropout"] = 0.0
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toy_recipe), encoding="utf-8")
+    Run(recipe_from(toy_recipe), tmp_path / "one").train()
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "ett.cli",
+        "train",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, str(path), "--out", str(tmp_path / "two")],
+        check=True,
+        capture_output=True,
+        timeout=180,
+        env=environment,
+    )
+    one, two = (
+        [
+            (e["stage"], e["step"], {**e["losses"], "grad_norm": e["grad_norm"]})
+            for e in read_log(tmp_path / name / "log.jsonl")
+            if e["event"] == "step"
+        ]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 12
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2] == pytest.approx(theirs[2], rel=1e-4), ours[:2]
