@@ -102,7 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(sub)
     sub.add_argument("--tasks", metavar="NAMES", help="comma-separated: loss, answers, naming, reconstruction")
     sub.add_argument("--data", metavar="MANIFEST.jsonl", type=Path, help="your own pictures (docs/data.md)")
-    sub.add_argument("--split", default="validation", help="split of the built-in data, or heldout for all final ones")
+    sub.add_argument(
+        "--image-root", metavar="DIR", type=Path, help="a folder outside the manifest's whose pictures may be read"
+    )
+    sub.add_argument("--split", help="of the built-in data: validation (default), or heldout for all final ones")
     sub.add_argument("--limit", type=_positive, help="examples of each source")
     sub.add_argument("--batch-size", type=_positive, default=16)
     sub.add_argument("--max-new-tokens", type=_positive, default=64, help="where answers stop at the latest")
@@ -177,6 +180,8 @@ def _train(arguments: argparse.Namespace) -> int:
     _quiet_libraries()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     out = arguments.out or Path("runs") / recipe.name
+    if arguments.resume and not out.exists():
+        print(f"ett: there is nothing to resume in {out}; starting anew.", file=sys.stderr)
     run = Run(recipe, out, resume=arguments.resume, overwrite=arguments.overwrite)
     try:
         folder = run.train()
@@ -210,13 +215,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from ett.experiments.run import resolve_model_folder
 
     _quiet_libraries()
-    recipe = recipe_of(arguments.model)
+    if arguments.data and arguments.split:
+        raise UserError("A manifest has no splits: give --data or --split, not both.")
+    split = arguments.split or "validation"
     if arguments.data:
-        sources = manifest_source(arguments.data)
-    elif recipe is not None:
-        sources = evaluation_sources(recipe, arguments.split)
+        sources = manifest_source(arguments.data, arguments.image_root)
+    elif (recipe := recipe_of(arguments.model)) is not None:
+        sources = evaluation_sources(recipe, split)
     else:
-        sources = builtin_sources(arguments.split)
+        sources = builtin_sources(split)
     tasks = [name.strip() for name in arguments.tasks.split(",")] if arguments.tasks else None
     model, tokenizer, processor = load_for_evaluation(resolve_model_folder(arguments.model))
     result = evaluate(

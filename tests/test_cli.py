@@ -133,6 +133,8 @@ def test_bad_input_ends_in_one_message(trained: Path, recipe: Path, pictures: Pa
         Path(shutil.copytree(trained / "stages" / "3-chat", tmp_path / name))
         for name in ("truncated", "emptied", "halved")
     )
+    alone = Path(shutil.copytree(trained / "stages" / "3-chat", tmp_path / "alone"))
+    (alone / "processor_config.json").unlink()
     with (truncated / "model.safetensors").open("r+b") as file:
         file.truncate(20000)
     (emptied / "tokenizer.json").write_text("{}", encoding="utf-8")
@@ -184,6 +186,8 @@ def test_bad_input_ends_in_one_message(trained: Path, recipe: Path, pictures: Pa
         (("chat", truncated, pictures / "0.png"), "cannot be loaded"),
         (("chat", emptied, pictures / "0.png"), "cannot be loaded"),
         (("evaluate", halved), "or not all of them"),
+        (("evaluate", trained, "--data", pictures / "manifest.jsonl", "--split", "pair"), "not both"),
+        (("chat", alone, pictures / "0.png"), "has no processor_config.json"),
         (("chat", trained, tmp_path / "no.png"), "no.png"),
         (("chat", trained, broken), "broken.png"),
         (("chat", trained, bomb(tmp_path / "bomb.png")), "bomb.png"),

@@ -38,6 +38,7 @@ class SourceConfig:
         weight: share relative to the other sources', > 0.
         split: of a built-in source.
         path: of the manifest, relative to the working directory.
+        image_root: a folder outside the manifest's whose pictures may be read; null allows none.
         limit: use only the first so many examples; null uses all.
         difficulty: of drawn text, in [0, 1].
         kinds: of drawn text, among "word", "number", "letters".
@@ -50,6 +51,7 @@ class SourceConfig:
     weight: float = 1.0
     split: str = "train"
     path: str | None = None
+    image_root: str | None = None
     limit: int | None = None
     difficulty: float = 0.5
     kinds: tuple[Literal["word", "number", "letters"], ...] = ("word", "number", "letters")
@@ -73,7 +75,7 @@ class SourceConfig:
         """The source itself, for another split."""
         if self.source == "manifest":
             assert self.path is not None
-            return Manifest(self.path, limit=self.limit)
+            return Manifest(self.path, limit=self.limit, image_root=self.image_root)
         if self.source == "drawn_text":
             return Limited.of(
                 DrawnText(

@@ -138,7 +138,9 @@ def _what_was_run(facts: RunFacts) -> str:
                 _duration(summary["seconds"]),
             ]
         )
-    table = _table(["Stage", "Steps", "Batch", "Trains", "Peak learning rate", "Time"], rows, numeric=(1, 2, 5))
+    table = _table(
+        ["Stage", "Steps", "Batch", "Trains", "Highest learning rate logged", "Time"], rows, numeric=(1, 2, 5)
+    )
     return f"<dl>{items}</dl>{table if rows else ''}"
 
 

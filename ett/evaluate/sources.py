@@ -64,11 +64,11 @@ def _named(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConfig]]:
     return list(named.items())
 
 
-def manifest_source(path: str | Path) -> NamedSources:
-    """The manifest alone, under its file's name.
+def manifest_source(path: str | Path, image_root: str | Path | None = None) -> NamedSources:
+    """The manifest alone, under its file's name; `image_root` is a folder outside its own whose pictures may be read.
 
     Raises:
         DataError: it cannot be used.
     """
-    manifest = Manifest(path)
+    manifest = Manifest(path, image_root=image_root)
     return [(manifest.name, manifest)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as TextTokenizer
 
 from ett.errors import ModelError
+from ett.model.configuration import EttConfig
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.processing import EttProcessor
 from ett.model.smollm2 import NAME as SMOLLM2
@@ -62,7 +64,13 @@ def find_weights(path: object) -> Path:
 
 def is_saved_model(directory: Path) -> bool:
     """Whether `directory` holds a complete model (`EttForConditionalGeneration`), not a tokenizer alone."""
-    return (directory / "processor_config.json").is_file()
+    if (directory / "processor_config.json").is_file():
+        return True
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == EttConfig.model_type
 
 
 def load_vision_tokenizer(directory: Path) -> VisionTokenizer:
@@ -79,10 +87,10 @@ def load_model(directory: Path) -> tuple[EttForConditionalGeneration, EttProcess
     Raises:
         ModelError: no model there, a damaged file, or weights that do not fit the configuration.
     """
-    if not is_saved_model(directory):
+    if not (directory / "processor_config.json").is_file():
         raise ModelError(
-            f"{directory} holds no model saved by ett: it has no processor_config.json. Save the processor beside the model "
-            "(processor.save_pretrained), or give another folder."
+            f"{directory} has no processor_config.json. Save the processor beside the model (processor.save_pretrained), or "
+            "give another folder."
         )
     model = _complete(f"The model in {directory}", EttForConditionalGeneration.from_pretrained, directory)
     processor: EttProcessor = _guarded(f"The processor in {directory}", lambda: EttProcessor.from_pretrained(directory))

@@ -10,6 +10,7 @@ import yaml
 
 from ett.errors import RecipeError
 from ett.experiments.recipe import SHIPPED, dump_recipe, load_recipe
+from ett.model.build import check_model
 
 
 @pytest.fixture
@@ -130,3 +131,13 @@ def test_overrides_do_not_leak_through_yaml_anchors(recipe_file: Path) -> None:
     recipe_file.write_text("name: &a [*a]\n", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"contains itself|not valid YAML"):
         load_recipe(recipe_file)
+
+
+def test_the_documented_recipe_is_one(tmp_path: Path) -> None:
+    """docs/recipes.md: the example parses as printed."""
+    text = (SHIPPED.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    recipe = load_recipe(path, ["stages.semantic.steps=40", "model.projector.depth=3"])
+    assert recipe.stages[2].steps == 40
+    assert check_model(recipe.model) is None
