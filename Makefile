@@ -1,5 +1,5 @@
 # Every target sets itself up on a bare machine with Python 3.11 or newer.
-#   make demo      train and evaluate the quickstart recipe, write a report (11 minutes on 2 cores, installs included)
+#   make demo      train and evaluate the quickstart recipe, write a report (11 to 14 minutes on 2 cores, installs included)
 #   make test      lint, types and the tests (under 20 minutes)
 #   make test-all  slow tests too (under 75 minutes)
 
