@@ -78,7 +78,7 @@ class RunFolder:
 
     @property
     def finished(self) -> int:
-        """Number of finished stages; 0 where the run is to be overwritten and that has not happened yet."""
+        """Number of finished stages in the folder as it is now."""
         done = 0
         while done < len(self.recipe.stages) and _holds_weights(self.stage(done)):
             done += 1

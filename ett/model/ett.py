@@ -89,7 +89,7 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """A model around given parts, used as they are, with a fresh projector.
 
         The index table, where there is one, starts as a copy of the codebook, so that "index" and "embedding" compute the
-        same function at step 0 (METHOD section 8).
+        same function at step 0 (docs/method.md, controls).
         """
         config.vision_tokenizer = vision_tokenizer.config_mapping()
         config.text_config = language_model.config

@@ -250,7 +250,13 @@ class EttProcessor(ProcessorMixin):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]  # strings or tensors, as the library itself does
-        """As in transformers; contents may be text or lists of parts."""
+        """As in transformers; contents may be text or lists of parts. A `chat_template` given here is used for this call."""
+        if chat_template is not None:
+            kept, self.chat_template = self.chat_template, chat_template
+            try:
+                return self.apply_chat_template(conversation, **kwargs)
+            finally:
+                self.chat_template = kept
         single = bool(conversation) and isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
         if kwargs.get("tokenize") or kwargs.get("return_dict"):
@@ -286,8 +292,3 @@ class EttProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values"]
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's, without the placeholder."""
-        decoded: list[str] = self.tokenizer.batch_decode(*args, **kwargs)
-        return decoded

@@ -79,7 +79,7 @@ def index_backprop(
             the gradient of the global term.
         chunk_rows: rows at a time; None chooses by device.
 
-    Source: IBQ (arXiv 2412.02692), eq. 4 to 8; the backward is METHOD section 6 of the paper's notation:
+    Source: IBQ (arXiv 2412.02692), whose backward is, by the chain rule (docs/method.md):
     ``dL/dl_k = p_k (g.e_k - sum_j p_j g.e_j)`` and ``dL_entropy/dl = p_T (c - sum p_T c) / (N T)`` with
     ``c = -l/T + log mean_n p_T``.
     """

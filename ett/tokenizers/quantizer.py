@@ -55,7 +55,7 @@ class Quantizer(nn.Module, ABC):
 
 
 class IndexBackpropagationQuantizer(Quantizer):
-    """IBQ: the index with the largest logit; gradients through the softmax over all codes (METHOD section 6).
+    """IBQ: the index with the largest logit; gradients through the softmax over all codes (docs/method.md).
 
     Values: ``embeddings = E[argmax(z @ E.T)]``. Losses: ``L_quant = mean((z_q - z)^2) + mean((sg(E[k]) - z)^2) +
     0.25 * mean((E[k] - sg(z))^2)``, ``L_entropy = mean_n H(softmax(l_n / T)) - H(mean_n softmax(l_n / T))`` with the mean

@@ -16,7 +16,7 @@ from ett.errors import RecipeError, unknown
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with decoupled weight decay, warm-up, then cosine or constant (METHOD section 4).
+    """Adam with decoupled weight decay, warm-up, then cosine or constant (ETT section 4).
 
     Attributes:
         learning_rate: peak, > 0.

@@ -1,4 +1,4 @@
-"""The stages of the paper (METHOD section 4): what each trains, on which loss, and the proof that the rest stays still."""
+"""The stages of the paper (docs/method.md): what each trains, on which loss, and the proof that the rest stays still."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Reach:
 
 
 def _probes(model: EttForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
-    """One parameter for each place that METHOD section 4 speaks of."""
+    """One parameter for each place that a stage trains or freezes."""
     yield "encoder", model.vision_tokenizer.encoder_output
     yield "codebook", next(model.vision_tokenizer.quantize.parameters())
     yield "projector", next(model.projector.parameters())

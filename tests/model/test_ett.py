@@ -127,7 +127,7 @@ def test_padding_side_does_not_matter(kind: str) -> None:
 
 
 def test_index_and_embedding_are_equal_at_step_0() -> None:
-    """METHOD section 8: the table starts as a copy of the codebook, so both arms start from the same function."""
+    """The table starts as a copy of the codebook, so both arms start from the same function."""
     embedding, processor = build()
     index, _ = build(visual_input="index")
     index.projector.load_state_dict(embedding.projector.state_dict())

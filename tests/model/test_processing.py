@@ -91,3 +91,11 @@ def test_apply_chat_template_gives_generation_inputs() -> None:
     assert batch["input_ids"].tolist() == prompt.input_ids.tolist()
     assert batch["pixel_values"].equal(prompt.pixel_values)
     assert processor.apply_chat_template(turns).count(IMAGE_TOKEN) == 1
+
+
+def test_a_chat_template_given_to_a_call_is_used_for_it() -> None:
+    processor = processor_with()
+    turns = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    assert processor.apply_chat_template(turns) == "What?\n"
+    assert processor.apply_chat_template(turns, chat_template=CHATML) == "<|im_start|>user\nWhat?<|im_end|>\n"
+    assert processor.apply_chat_template(turns) == "What?\n"
