@@ -89,9 +89,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_run_options(sub)
 
-    sub = add("demo", _demo, "the quickstart recipe, evaluated and reported", "ett demo --out runs/demo")
+    sub = add(
+        "demo",
+        _demo,
+        "frozen against tuned tokenizers in a quarter of an hour: quickstart's arms",
+        "ett demo --out runs/demo",
+    )
     sub.add_argument("overrides", metavar="key=value", nargs="*", help="dotted override of the quickstart recipe")
-    _add_run_options(sub)
+    _add_comparison_options(sub)
+
+    sub = add(
+        "ablate",
+        _ablate,
+        "train, measure and compare the arms of a recipe",
+        "ett ablate quickstart 'seeds=[0, 1, 2]' --out runs/three --jobs 2",
+    )
+    sub.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="a YAML file with `arms`, or the name of a shipped one"
+    )
+    sub.add_argument("overrides", metavar="key=value", nargs="*", help="dotted override, for example seeds=[0,1,2]")
+    _add_comparison_options(sub)
+    sub.add_argument(
+        "--only", metavar="ARM:SEED", help="run one arm of the comparison that was started in --out, and report nothing"
+    )
 
     sub = add(
         "evaluate",
@@ -100,7 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
         "ett evaluate runs/demo --json figures.json",
     )
     _add_model(sub)
-    sub.add_argument("--tasks", metavar="NAMES", help="comma-separated: loss, answers, naming, reconstruction")
+    sub.add_argument("--tasks", metavar="NAMES", help="comma-separated: loss, answers, naming, reconstruction, drift")
+    sub.add_argument(
+        "--initial", metavar="MODEL", type=Path, help="model or tokenizer before tuning, to measure the drift from"
+    )
     sub.add_argument("--data", metavar="MANIFEST.jsonl", type=Path, help="your own pictures (docs/data.md)")
     sub.add_argument(
         "--image-root", metavar="DIR", type=Path, help="a folder outside the manifest's whose pictures may be read"
@@ -140,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a grid")
 
     sub = add("report", _report, "write a run's report.html", "ett report runs/demo")
-    sub.add_argument("run", metavar="RUN", type=Path, help="a folder written by ett train")
+    sub.add_argument("run", metavar="RUN", type=Path, help="a folder written by ett train, ett ablate or ett demo")
 
     sub = add("prepare", _prepare, "fetch a language model into the cache ahead of time", "ett prepare smollm2")
     sub.add_argument("name", choices=["smollm2"])
@@ -152,6 +175,13 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
     choice = sub.add_mutually_exclusive_group()
     choice.add_argument("--resume", action="store_true", help="continue what is in the output folder")
     choice.add_argument("--overwrite", action="store_true", help="delete what is in the output folder first")
+
+
+def _add_comparison_options(sub: argparse.ArgumentParser) -> None:
+    _add_run_options(sub)
+    sub.add_argument(
+        "--jobs", type=_positive, help="arms at a time (default: one for each CPU core; one with an accelerator)"
+    )
 
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
@@ -194,15 +224,41 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from ett.experiments.demo import run_demo
+    from ett.experiments.ablate import DEMO
+
+    arguments.recipe, arguments.only = DEMO, None
+    arguments.out = arguments.out or Path("runs") / "demo"
+    return _ablate(arguments, command="demo")
+
+
+def _ablate(arguments: argparse.Namespace, command: str = "ablate") -> int:
+    from ett.experiments.ablate import ablate, run_only
     from ett.experiments.run import Interrupted, report_interruption
 
     _quiet_libraries()
-    out = arguments.out or Path("runs") / "demo"
+    if arguments.only:
+        if arguments.recipe or arguments.overrides or not arguments.out:
+            raise UserError("--only goes with --out alone: the recipe is the one that the comparison was started with.")
+        try:
+            run_only(arguments.out, arguments.only)
+        except Interrupted as interruption:
+            return 128 + interruption.signal_number
+        return 0
+    if not arguments.recipe:
+        raise UserError("ett ablate needs a recipe that compares arms, for example quickstart.")
+    out = arguments.out or Path("runs") / Path(arguments.recipe).stem
     try:
-        report = run_demo(out, arguments.overrides, resume=arguments.resume, overwrite=arguments.overwrite)
+        report = ablate(
+            arguments.recipe,
+            out,
+            arguments.overrides,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            jobs=arguments.jobs,
+        )
     except Interrupted as interruption:
-        report_interruption(interruption, ["quickstart", *arguments.overrides], out, command="demo")
+        words = arguments.overrides if command == "demo" else [arguments.recipe, *arguments.overrides]
+        report_interruption(interruption, words, out, command=command)
         return 128 + interruption.signal_number
     print(report)
     return 0
@@ -211,8 +267,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from ett.evaluate.run import evaluate, load_for_evaluation
     from ett.evaluate.sources import builtin_sources, manifest_source
-    from ett.experiments.demo import evaluation_sources, recipe_of
-    from ett.experiments.run import resolve_model_folder
+    from ett.experiments.run import evaluation_sources, recipe_of, resolve_model_folder
 
     _quiet_libraries()
     if arguments.data and arguments.split:
@@ -226,6 +281,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         sources = builtin_sources(split)
     tasks = [name.strip() for name in arguments.tasks.split(",")] if arguments.tasks else None
     model, tokenizer, processor = load_for_evaluation(resolve_model_folder(arguments.model))
+    initial = None
+    if arguments.initial:
+        _, initial, _ = load_for_evaluation(resolve_model_folder(arguments.initial))
     result = evaluate(
         model if model is not None else tokenizer,
         processor,
@@ -234,6 +292,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         limit=arguments.limit,
         max_new_tokens=arguments.max_new_tokens,
+        initial_tokenizer=initial,
     )
     if arguments.json:
         result.save(arguments.json)
@@ -299,8 +358,11 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from ett.evaluate.report import write_report
+    from ett.experiments.comparison import is_comparison
+    from ett.experiments.comparison_report import write_comparison_report
 
-    print(write_report(arguments.run))
+    _quiet_libraries()
+    print(write_comparison_report(arguments.run) if is_comparison(arguments.run) else write_report(arguments.run))
     return 0
 
 

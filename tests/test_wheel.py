@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = """
 import ett, pathlib, sys
 assert pathlib.Path(ett.__file__).is_relative_to(sys.argv[1]), ett.__file__
-recipe = ett.load_recipe("quickstart")
+recipe = ett.load_recipe("quickstart", ["arm=ett"])
 from ett.data.mixture import SourceConfig
 from ett.tokenizers import VisionTokenizer
 example = SourceConfig("names").build()[0]

@@ -36,7 +36,14 @@ HELD_OUT_SPLITS = ("pair", "style", "concept")
 STYLES = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "twemoji", "emojione")
 
 # Templates below are ours; answers are facts that came with the pictures.
-NAME_QUESTIONS: tuple[str | None, ...] = (None, "What is this?", "Name this picture.", "What does the picture show?")
+NAME_QUESTIONS: tuple[str | None, ...] = (
+    None,
+    "What is this?",
+    "Name this picture.",
+    "What does the picture show?",
+    "What is in the image?",
+    "Describe the picture.",
+)
 """One is chosen by a hash of the example's id; None is a picture without words."""
 
 QUESTIONS: Mapping[str, Sequence[str]] = {

@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,7 +34,18 @@ KINDS = ("word", "number", "letters", "colour")
 """What is drawn and asked for; "colour" draws a word and asks for its colour."""
 
 # Ours, all of them.
-READ_QUESTIONS = ("What is written?", "Read the text.", "What does the text say?", "Which characters are shown?")
+READ_QUESTIONS = (
+    "What is written?",
+    "Read the text.",
+    "Read this.",
+    "What does the text say?",
+    "What does it say?",
+    "Which characters are shown?",
+    "What is written in the picture?",
+    "What text is in the image?",
+    "Which word is this?",
+    "Transcribe the text.",
+)
 SPELL_QUESTIONS = ("Spell the text.", "Spell what is written, letter by letter.")
 COLOUR_QUESTIONS = ("What colour is the text?", "In which colour is the text written?")
 
@@ -60,6 +71,7 @@ BACKGROUNDS = ("flat", "gradient", "stripes", "shapes", "noise")
 _MARGIN = 2
 """Clear pixels between the text and the edge."""
 _SMALLEST_SIZE = 32
+MOST_CHARACTERS = 12
 _TRAIN_LENGTH, _HELD_OUT_LENGTH = 1_000_000, 512
 # Of 100 equal shares of all strings, by hash.
 _STRING_SHARES = {"train": range(82), "validation": range(82, 88), "word": range(88, 94), "font": range(94, 100)}
@@ -150,6 +162,8 @@ class DrawnText(Source):
         difficulty: in [0, 1], see `Look`; up to 0.5 a person reads every picture of 64 pixels.
         kinds: some of `KINDS`, drawn equally often.
         spelled: answers are spelled, "h e l l o" (colours are not).
+        characters: (fewest, most) characters of letter strings and numbers, and (at least 3, most) of words; None takes the
+            difficulty's.
         length: number of examples; by default 1,000,000 for train and 512 for the others.
         seed: another one gives other pictures; the strings of a split stay in it.
 
@@ -167,6 +181,7 @@ class DrawnText(Source):
         difficulty: float = 0.5,
         kinds: Sequence[str] = ("word", "number", "letters"),
         spelled: bool = False,
+        characters: tuple[int, int] | None = None,
         length: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -187,6 +202,14 @@ class DrawnText(Source):
         self.kinds, self.spelled = tuple(kinds), spelled
         self._length = length if length is not None else _TRAIN_LENGTH if split == "train" else _HELD_OUT_LENGTH
         self._look = Look.at(difficulty)
+        if characters is not None:
+            fewest, most = characters
+            if not 1 <= fewest <= most <= MOST_CHARACTERS or (most < 3 and {"word", "colour"} & set(kinds)):
+                raise DataError(
+                    f"characters = {list(characters)} must be two numbers in [1, {MOST_CHARACTERS}], the smaller first; words "
+                    "have at least 3."
+                )
+            self._look = replace(self._look, characters=(fewest, most))
         self._fonts = [font for font in fonts() if font.held_out == (split == "font")]
         self._words = _words_of(split, round(self._look.characters[1]))
 

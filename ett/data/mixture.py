@@ -43,6 +43,7 @@ class SourceConfig:
         difficulty: of drawn text, in [0, 1].
         kinds: of drawn text, among "word", "number", "letters".
         spelled: drawn text's answer letter by letter ("c a t").
+        characters: of drawn text, (fewest, most) in a string; null takes the difficulty's.
         size: side of drawn pictures [pixels].
         seed: of drawn text.
     """
@@ -56,6 +57,7 @@ class SourceConfig:
     difficulty: float = 0.5
     kinds: tuple[Literal["word", "number", "letters"], ...] = ("word", "number", "letters")
     spelled: bool = False
+    characters: tuple[int, int] | None = None
     size: int = 96
     seed: int = 0
 
@@ -84,6 +86,7 @@ class SourceConfig:
                     difficulty=self.difficulty,
                     kinds=self.kinds,
                     spelled=self.spelled,
+                    characters=self.characters,
                     seed=self.seed,
                 ),
                 self.limit,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, overload
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ett.data.manifest import Manifest, question_and_reference
@@ -34,17 +35,22 @@ class Metric:
         num_examples: that it was taken over.
         interval: 95 % bootstrap interval over examples; None where there is none (one example, or a figure of the whole
             set such as codebook usage).
+        parts: (sum, weight) of each example, in order, where the value is ``sum(sums) / sum(weights)``: what paired
+            comparisons are made from. Empty where it is not.
     """
 
     value: float
     num_examples: int
     interval: tuple[float, float] | None = None
+    parts: Sequence[tuple[float, float]] = field(default=(), repr=False, compare=False)
 
     @staticmethod
     def mean(values: Values, weights: Values | None = None) -> Metric:
         """``sum(values) / sum(weights)`` of one value (and weight, default 1) for each of at least one example."""
-        total = float(len(values)) if weights is None else float(sum(weights))
-        return Metric(float(sum(values)) / total, len(values), bootstrap_interval(values, weights))
+        sizes = [1.0] * len(values) if weights is None else [float(weight) for weight in weights]
+        parts = tuple((float(value), size) for value, size in zip(values, sizes, strict=True))
+        interval = bootstrap_interval(values, weights)
+        return Metric(sum(value for value, _ in parts) / sum(sizes), len(parts), interval, parts)
 
     def to_json(self) -> dict[str, Any]:
         """``{"value", "num_examples", "interval"}``; what is not finite becomes null, as JSON has no name for it."""
@@ -67,10 +73,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Metrics by name, and predictions in the order of the examples. Either may be empty."""
+    """Metrics by name, predictions in the order of the examples, int64[K] how often each code occurred. All may be missing."""
 
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     predictions: Sequence[Prediction] = ()
+    index_counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class Subject:
         processor: of the model.
         batch_size: examples, or pictures, at a time; figures do not depend on it but for rounding.
         max_new_tokens: where generation stops at the latest.
+        initial_tokenizer: what the vision tokenizer was before it was tuned; None where nobody asks for the drift.
     """
 
     vision_tokenizer: VisionTokenizer
@@ -90,6 +98,7 @@ class Subject:
     model: EttForConditionalGeneration | None = None
     batch_size: int = 16
     max_new_tokens: int = 64
+    initial_tokenizer: VisionTokenizer | None = None
 
     @property
     def device(self) -> torch.device:
@@ -140,6 +149,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     needs_language_model: ClassVar[bool]
+    needs_initial_tokenizer: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, subject: Subject, data: Selection) -> TaskResult:

@@ -17,16 +17,21 @@ DESCRIPTIONS: dict[str, tuple[str, str, str]] = {
     "psnr": ("PSNR", "dB", HIGHER),
     "ssim": ("SSIM", "", HIGHER),
     "l1": ("Mean absolute difference", "of 2", LOWER),
+    "lite0_distance": ("EfficientNet-Lite0 distance", "", LOWER),
     "codebook_usage": ("Codes in use", "share of K", HIGHER),
+    "indices_changed": ("Tokens with another index than before tuning", "share", ""),
+    "reconstruction_drift": ("Difference from the reconstruction before tuning", "of 2", ""),
     "index_perplexity": ("Perplexity of the indices", "codes", HIGHER),
 }
 """Metric or loss term -> (what people call it, unit, which way is better)."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fdfdfc; --raised: #f3f3f0; --ink: #1b1c1e; --faint: #5d6066;
-  --line: #d9d9d4; --s0: #0b57c4; --s1: #b2410c; --s2: #1d7a4a; --s3: #7a3fae; }
+  --line: #d9d9d4; --s0: #0b57c4; --s1: #b2410c; --s2: #1d7a4a; --s3: #7a3fae;
+  --s4: #8a6a00; --s5: #a8326d; }
 @media (prefers-color-scheme: dark) { :root { --ground: #16181b; --raised: #1f2226; --ink: #e8e8e6; --faint: #a2a6ad;
-  --line: #363a40; --s0: #7fb0ff; --s1: #ff9d66; --s2: #6fd39c; --s3: #cba3f5; } }
+  --line: #363a40; --s0: #7fb0ff; --s1: #ff9d66; --s2: #6fd39c; --s3: #cba3f5;
+  --s4: #e3c565; --s5: #f59ac4; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1160px; margin: 0 auto; padding: 24px 16px 64px; }
@@ -55,29 +60,55 @@ figure { margin: 0; min-width: 0; }
 svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 .end { text-anchor: end; } .mid { text-anchor: middle; }
 .grid { stroke: var(--line); stroke-width: 1; } .axis { stroke: var(--faint); fill: none; stroke-width: 1; }
-polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-polyline.s0 { stroke: var(--s0); } polyline.s1 { stroke: var(--s1); }
-polyline.s2 { stroke: var(--s2); } polyline.s3 { stroke: var(--s3); }
-circle.s0 { fill: var(--s0); } circle.s1 { fill: var(--s1); }
-circle.s2 { fill: var(--s2); } circle.s3 { fill: var(--s3); }
+polyline { stroke-width: 1.8; stroke-linejoin: round; }
+.s0 { stroke: var(--s0); fill: var(--s0); } .s1 { stroke: var(--s1); fill: var(--s1); }
+.s2 { stroke: var(--s2); fill: var(--s2); } .s3 { stroke: var(--s3); fill: var(--s3); }
+.s4 { stroke: var(--s4); fill: var(--s4); } .s5 { stroke: var(--s5); fill: var(--s5); }
+polyline[class] { fill: none; }
+.mark { stroke-width: 1; } .mark.hollow { fill: var(--ground); stroke-width: 1.3; }
+.bar { stroke-width: 2; } .zero { stroke: var(--ink); stroke-width: 1.2; stroke-dasharray: 3 2; }
+svg text.name { fill: var(--ink); font-weight: 600; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 2px 0 0; padding: 0;
   list-style: none; font-size: .8rem; }
-.swatch { width: 26px; height: 8px; margin-right: 6px; vertical-align: middle; }
+.swatch { width: 30px; height: 8px; margin-right: 6px; vertical-align: middle; }
 .pictures { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 260px), 1fr)); }
 .picture > div { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; align-items: start; }
 .picture img { width: 100%; image-rendering: pixelated; border: 1px solid var(--line); background: #fff; }
 .picture figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--raised); padding: 12px; font-size: .8rem; line-height: 1.4; }
+code { font-size: .9em; overflow-wrap: anywhere; } .arms code { overflow-wrap: break-word; }
 summary { cursor: pointer; padding: 6px 0; }
+ul.verdict { list-style: none; margin: 8px 0; padding: 0; }
+.verdict li { margin: 8px 0; padding-left: 1.5em; text-indent: -1.5em; max-width: 80ch; }
+.verdict .sign { display: inline-block; width: 1.5em; text-indent: 0; }
+.better { color: var(--s2); } .worse { color: var(--s1); }
+p.headline { font-size: 1.1rem; font-weight: 600; }
+.cards { display: grid; gap: 8px 32px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
+.arms { width: auto; min-width: 100%; border-collapse: separate; border-spacing: 0; }
+.arms td { min-width: 5em; max-width: 34em; overflow-wrap: break-word; }
+.arms th { white-space: normal; vertical-align: bottom; } .arms th.num { min-width: 6.2em; }
+.arms td:first-child, .arms th:first-child { position: sticky; left: 0; background: var(--ground); min-width: 8.5em;
+  width: 16em; max-width: 20em; }
+.answers td { min-width: 7em; max-width: 18em; overflow-wrap: anywhere; }
+.best { font-weight: 600; }
+.thumbs { display: grid; gap: 6px 8px; grid-template-columns: repeat(auto-fill, minmax(92px, 1fr)); max-width: 1100px; }
+.thumbs img { display: block; width: 100%; image-rendering: pixelated; border: 1px solid var(--line); background: #fff; }
+.thumbs > div { display: flex; flex-direction: column; justify-content: flex-end; font-size: .8rem; line-height: 1.3; }
+.compared { margin: 16px 0 24px; } .compared figcaption { overflow-wrap: anywhere; margin-bottom: 4px; }
+aside { border: 1px solid var(--line); background: var(--raised); --ground: var(--raised); padding: 4px 16px 12px;
+  margin: 40px 0 0; }
+aside h2 { border: 0; margin-top: 8px; padding-top: 0; }
+@media (min-width: 700px) { .thumbs { grid-template-columns: repeat(var(--columns), minmax(0, 150px)); } }
+@media (max-width: 699px) { .arms td:first-child, .arms th:first-child { max-width: 8.5em; } th, td { padding-right: 10px; } }
 """
 
 
-def page(name: str, body: str) -> str:
-    """A whole HTML document around `body`; both are ready HTML."""
+def page(name: str, body: str, about: str = "a run and what came out of it") -> str:
+    """A whole HTML document around `body`; all are ready HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}: report</title><style>{_STYLE}</style></head><body><main>"
-        f"<header><h1>{name}</h1><p>End-to-end vision tokenizer tuning: a run and what came out of it.</p></header>"
+        f"<header><h1>{name}</h1><p>End-to-end vision tokenizer tuning: {about}.</p></header>"
         f"{body}</main></body></html>\n"
     )

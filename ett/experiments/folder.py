@@ -56,7 +56,7 @@ class RunFolder:
         """
         try:
             if self.overwrite and self.path.is_dir():
-                self._delete_run()
+                self.clear()
             self.path.mkdir(parents=True, exist_ok=True)
             if not (self.path / MARKER_NAME).is_file():
                 marker = {"ett": __version__, "manifests": _manifest_hashes(self.recipe)}
@@ -91,8 +91,8 @@ class RunFolder:
             raise ModelError(f"{self.path} has not finished a stage yet. Continue it with --resume.")
         return self.stage(self.finished - 1)
 
-    def _delete_run(self) -> None:
-        """Only what a run writes: whatever else someone keeps in the folder stays."""
+    def clear(self) -> None:
+        """Delete the run that is there, and nothing but what a run writes: whatever else someone keeps in the folder stays."""
         for entry in [*(self.path / name for name in OWN), *(p for o in OWN_PATTERNS for p in self.path.glob(o))]:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)

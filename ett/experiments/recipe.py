@@ -27,16 +27,23 @@ class EvaluationConfig:
 
     Attributes:
         data: sources; null takes the recipe's.
-        split: of built-in sources, during and after training ("heldout" is for final figures).
+        split: of built-in sources, during training.
         limit: examples of each source, >= 1; validation during training draws this many in all.
+        report_split: of built-in sources, for the figures of the report ("heldout": all that nothing is tuned on); null takes
+            `split`.
+        report_limit: examples of each source in the report, >= 1; null takes `limit`.
     """
 
     data: tuple[SourceConfig, ...] | None = None
     split: str = "validation"
     limit: int = 64
+    report_split: str | None = None
+    report_limit: int | None = None
 
     def __post_init__(self) -> None:
         require(self.limit >= 1, "limit", self.limit, "at least 1")
+        limit = self.report_limit
+        require(limit is None or limit >= 1, "report_limit", limit, "at least 1, or null")
 
 
 @dataclass(frozen=True)
@@ -100,10 +107,47 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: a YAML file, or the name of a shipped recipe ("quickstart").
         overrides: ``key=value`` with a dotted key; list entries by number or, for stages, by name
-            (``stages.semantic.steps=10``). Values are YAML.
+            (``stages.semantic.steps=10``). Values are YAML. Of a recipe that compares arms, ``arm=NAME`` chooses one.
 
     Raises:
         RecipeError: no such file, not YAML, an unknown key (nearest match named) or an impossible value.
+    """
+    values = read_values(path, overrides)
+    arms, chosen = values.pop("arms", None), values.pop("arm", None)
+    if arms is not None:
+        values.pop("seeds", None)
+        if not isinstance(arms, Mapping) or chosen not in arms:
+            names = ", ".join(map(str, arms)) if isinstance(arms, Mapping) else "none"
+            raise RecipeError(
+                f"{path} compares arms. Run them all with `ett ablate {path}`, or one: add arm=NAME. Its arms: {names}."
+            )
+        return recipe_of_arm(values, str(chosen), arms[chosen])
+    if chosen is not None:
+        raise RecipeError(f"{path} compares no arms, so there is no arm {chosen!r} to choose.")
+    return from_mapping(Recipe, values)
+
+
+def recipe_of_arm(values: Mapping[str, Any], arm: str, changes: object) -> Recipe:
+    """The recipe that `values` describe, named `arm`, with the arm's dotted changes.
+
+    Raises:
+        RecipeError: `changes` is no mapping, or the recipe is not usable.
+    """
+    if changes is not None and not isinstance(changes, Mapping):
+        raise RecipeError(
+            f"arms.{arm} must be a mapping of dotted keys to values, for example model.visual_input: index."
+        )
+    own = _without_aliases(values, ())
+    for key, value in (changes or {}).items():
+        _set(own, str(key), _without_aliases(value, ()))
+    return from_mapping(Recipe, {**own, "name": arm})
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe's file as plain values, overrides applied, nothing checked.
+
+    Raises:
+        RecipeError: no such file, not YAML, or an override that leads nowhere.
     """
     file = find_recipe(path)
     try:
@@ -123,7 +167,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _without_aliases(given, ())
     for override in overrides:
         _override(values, override)
-    return from_mapping(Recipe, values)
+    return values
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -163,6 +207,11 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"The value in {override!r} is not valid YAML.") from error
+    _set(values, key, value)
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Put `value` at the dotted `key`."""
     node: Any = values
     steps = key.split(".")
     for i, step in enumerate(steps):
@@ -183,7 +232,7 @@ def _override(values: dict[str, Any], override: str) -> None:
                     node[step] = {}
                 node = node[step]
         else:
-            raise RecipeError(f"The override {override!r} leads into {'.'.join(steps[:i])}, which is a plain value.")
+            raise RecipeError(f"The override {key!r} leads into {'.'.join(steps[:i])}, which is a plain value.")
 
 
 def _position(entries: list[Any], step: str, path: str) -> int:

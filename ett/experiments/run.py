@@ -25,8 +25,9 @@ from accelerate.state import AcceleratorState
 from ett.config import to_mapping
 from ett.data.mixture import Mixture, SourceConfig, build_mixture
 from ett.errors import DataError, ModelError, RecipeError
+from ett.evaluate.sources import NamedSources, builtin_sources
 from ett.experiments.folder import RECIPE_NAME, RunFolder
-from ett.experiments.recipe import Recipe
+from ett.experiments.recipe import Recipe, load_recipe
 from ett.model.build import (
     build_model,
     build_processor,
@@ -218,6 +219,16 @@ def resolve_model_folder(path: Path) -> Path:
             "--resume`."
         )
     return stages[-1]
+
+
+def recipe_of(path: Path) -> Recipe | None:
+    """The recipe of the run in folder `path`, or None where `path` is a model's own folder."""
+    return load_recipe(path / RECIPE_NAME) if (path / RECIPE_NAME).is_file() else None
+
+
+def evaluation_sources(recipe: Recipe, split: str) -> NamedSources:
+    """The built-in sources of `split` that `recipe` is measured on, drawn as it trains on them."""
+    return builtin_sources(split, recipe.evaluation.data or recipe.data)
 
 
 def report_interruption(error: Interrupted, words: Sequence[str], out: Path, command: str = "train") -> None:

@@ -103,6 +103,9 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.projector = Projector(
             config.projector_config, vision_tokenizer.codebook_dim, config.text_config.get_text_config().hidden_size
         )
+        embeddings = cast(nn.Embedding, language_model.get_input_embeddings())
+        if not embeddings.weight.is_meta:
+            model.projector.fit(vision_tokenizer.quantize.codebook.detach(), embeddings.weight.detach())
         if config.visual_input == "index":
             model.index_embedding = nn.Embedding.from_pretrained(
                 vision_tokenizer.quantize.codebook.detach().clone(), freeze=False

@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ett.config import require
+
+WHITENING_FLOOR = 1e-4
+"""Added to each direction's variance, as a share of the largest: directions of mere noise are not blown up."""
+POSITION_STD = 0.02
+"""Spread of fresh position embeddings, as language models initialise their own."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,23 @@ class ProjectorConfig:
         depth: linear layers, >= 1, GELU between them.
         hidden_size: width between them; None takes the language model's.
         merge_size: n; n x n neighbouring embeddings enter as one position, >= 1.
+        context_layers: 3x3 convolutions with GELU over the grid before merging, of width `hidden_size`, >= 0; they show each
+            position its neighbours, which a causal language model reads only in one direction.
+        whiten: shift and scale the embeddings first so that over the codebook, as it is when the model is built, they have
+            mean 0 and (nearly) unit variance in every direction. A tokenizer's brightness and colour can be a hundred times
+            larger than the directions that hold shapes, which a fresh projector would then hardly see.
+        normalize_output: give every position the length of the language model's text embeddings (RMS, learned from there).
+        grid_positions: learned row and column embeddings for grids of up to so many positions a side are added to the output;
+            0 for none. Codes say little about where they are, and a language model's own positions count from the text.
     """
 
     depth: int = 2
     hidden_size: int | None = None
     merge_size: int = 1
+    context_layers: int = 0
+    whiten: bool = False
+    normalize_output: bool = False
+    grid_positions: int = 0
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, "depth", self.depth, "at least 1")
@@ -31,6 +49,8 @@ class ProjectorConfig:
             self.hidden_size is None or self.hidden_size >= 1, "hidden_size", self.hidden_size, "at least 1, or null"
         )
         require(self.merge_size >= 1, "merge_size", self.merge_size, "at least 1")
+        require(self.context_layers >= 0, "context_layers", self.context_layers, "0 or more")
+        require(self.grid_positions >= 0, "grid_positions", self.grid_positions, "0 or more")
 
 
 class Projector(nn.Module):
@@ -40,13 +60,57 @@ class Projector(nn.Module):
         super().__init__()
         self.merge_size = config.merge_size
         width = config.hidden_size or hidden_size
-        sizes = [codebook_dim * config.merge_size**2, *[width] * (config.depth - 1), hidden_size]
+        widths = [codebook_dim, *[width] * config.context_layers]
+        self.context = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        sizes = [widths[-1] * config.merge_size**2, *[width] * (config.depth - 1), hidden_size]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.shift: Tensor | None
+        self.scale: Tensor | None
+        self.register_buffer("shift", torch.zeros(codebook_dim) if config.whiten else None)
+        self.register_buffer("scale", torch.eye(codebook_dim) if config.whiten else None)
+        self.norm = nn.RMSNorm(hidden_size, eps=1e-6) if config.normalize_output else None
+        self.rows: nn.Embedding | None = None
+        self.columns: nn.Embedding | None = None
+        if config.grid_positions:
+            self.rows, self.columns = (nn.Embedding(config.grid_positions, hidden_size) for _ in range(2))
+            for table in (self.rows, self.columns):
+                nn.init.normal_(table.weight, std=POSITION_STD)
+
+    @torch.no_grad()
+    def fit(self, codebook: Tensor, text_embeddings: Tensor) -> None:
+        """Take the scales of what stands before and behind the projector, where its configuration asks for them.
+
+        Args:
+            codebook: float32[K, D]. text_embeddings: float[V, C], the language model's input embeddings.
+        """
+        if self.shift is not None and self.scale is not None:
+            self.shift.copy_(codebook.mean(dim=0))
+            centred = (codebook - self.shift).double()
+            variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+            floor = WHITENING_FLOOR * variances[-1]
+            self.scale.copy_((directions / (variances.clamp(min=0) + floor).sqrt()) @ directions.T)
+        if self.norm is not None:
+            self.norm.weight.fill_(float(text_embeddings.float().pow(2).mean().sqrt()))
 
     def forward(self, embeddings: Tensor) -> Tensor:
+        """Raises ValueError for a grid that is larger than the position embeddings."""
+        if self.shift is not None and self.scale is not None:
+            centred = embeddings - self.shift[:, None, None]
+            embeddings = torch.einsum("ndhw,de->nehw", centred, self.scale)
+        for convolution in self.context:
+            embeddings = F.gelu(convolution(embeddings))
         # pixel_unshuffle merges each n x n block into channels, row by row
         merged = F.pixel_unshuffle(embeddings, self.merge_size) if self.merge_size > 1 else embeddings
         x = merged.flatten(2).transpose(1, 2)
         for i, layer in enumerate(self.layers):
             x = layer(x if i == 0 else F.gelu(x))
-        return x
+        x = x if self.norm is None else self.norm(x)
+        if self.rows is None or self.columns is None:
+            return x
+        height, width = merged.shape[2:]
+        if max(height, width) > self.rows.num_embeddings:
+            raise ValueError(
+                f"A grid of {height} x {width} positions is larger than the projector's grid_positions "
+                f"({self.rows.num_embeddings}). Use smaller pictures, or a projector with more."
+            )
+        return x + (self.rows.weight[:height, None] + self.columns.weight[None, :width]).flatten(0, 1)

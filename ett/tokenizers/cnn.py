@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -68,6 +69,18 @@ class CNNConfig:
         return nn.GroupNorm(self.norm_groups, channels, eps=1e-6)
 
 
+RESIDUAL_SCALE = 0.1
+"""Fresh residual branches start this much smaller than PyTorch's default: the skip carries the picture, and training starts
+faster (docs/LOG.md: +0.9 dB after 4,000 pictures)."""
+
+
+def _small(layer: nn.Conv2d) -> nn.Conv2d:
+    """`layer`, the last one of a residual branch, with its fresh weights scaled down."""
+    with torch.no_grad():
+        layer.weight.mul_(RESIDUAL_SCALE)
+    return layer
+
+
 class ResnetBlock(nn.Module):
     """float[I, c_in, h, w] -> float[I, c_out, h, w]: norm, swish, conv, twice, around a skip."""
 
@@ -76,7 +89,7 @@ class ResnetBlock(nn.Module):
         self.norm1 = config.norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = config.norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = _small(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         # absent, not Identity: the reference has no such key where widths are equal
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -95,7 +108,7 @@ class AttentionBlock(nn.Module):
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = _small(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm(x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ett.config import require
 from ett.tokenizers.base import Precision, VisionTokenizer, channels_last
 from ett.tokenizers.cnn import CNNConfig, Decoder, Encoder
-from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
+from ett.tokenizers.quantizer import IndexBackpropagationQuantizer, Similarity
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class IBQConfig(CNNConfig):
 
     Attributes:
         codebook_size: K. codebook_dim: D.
-        temperature, normalize, entropy_temperature: of `IndexBackpropagationQuantizer`.
+        temperature, normalize, entropy_temperature, similarity: of `IndexBackpropagationQuantizer`.
         precision: type that encoder and decoder compute in, in training and evaluation alike; the quantizer is float32.
     """
 
@@ -28,6 +28,7 @@ class IBQConfig(CNNConfig):
     temperature: float = 1.0
     normalize: bool = False
     entropy_temperature: float = 0.01
+    similarity: Similarity = "dot"
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ class IBQTokenizer(VisionTokenizer):
             temperature=config.temperature,
             normalize=config.normalize,
             entropy_temperature=config.entropy_temperature,
+            similarity=config.similarity,
         )
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,12 @@ BETA = 0.25
 """Weight of the codebook term ``mean((hard - sg(z))^2)`` in L_quant (IBQ)."""
 REFERENCE_LOGIT_STD = 32**0.5
 """Spread of the index logits at the start for unit-variance features: neither saturated nor diffuse (docs/method.md)."""
+
+
+KMEANS_ROUNDS = 10
+"""Lloyd iterations of `IndexBackpropagationQuantizer.place_codes`."""
+
+Similarity = Literal["dot", "distance"]
 
 
 class Quantizer(nn.Module, ABC):
@@ -67,6 +73,9 @@ class IndexBackpropagationQuantizer(Quantizer):
         temperature: of the index softmax, > 0; above 1 it spreads the gradient over more codes. Indices do not depend on it.
         normalize: compare and return l2-normalised codes; the logits are then ``s * cos(z, e)`` with a learned scale s.
         entropy_temperature: T of the entropy term, > 0.
+        similarity: what a logit is, ``"dot"``: z . e, as in the paper, or ``"distance"``: -|z - e|^2 / u, so that the index is
+            always the nearest code's. The unit u is the mean squared distance to the nearest code when `place_codes` was
+            last called (1 before), so that temperatures mean the same at every scale of the features.
     """
 
     def __init__(
@@ -77,12 +86,18 @@ class IndexBackpropagationQuantizer(Quantizer):
         temperature: float = 1.0,
         normalize: bool = False,
         entropy_temperature: float = 0.01,
+        similarity: Similarity = "dot",
     ) -> None:
         super().__init__()
         require(codebook_size >= 2, "codebook_size", codebook_size, "at least 2")
         require(codebook_dim >= 1, "codebook_dim", codebook_dim, "at least 1")
         require(temperature > 0, "temperature", temperature, "above 0")
         require(entropy_temperature > 0, "entropy_temperature", entropy_temperature, "above 0")
+        require(similarity in get_args(Similarity), "similarity", similarity, f"one of {get_args(Similarity)}")
+        require(
+            not (normalize and similarity == "distance"), "similarity", similarity, '"dot" where codes are normalised'
+        )
+        self.similarity = similarity
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
         self.temperature = temperature
@@ -93,6 +108,8 @@ class IndexBackpropagationQuantizer(Quantizer):
         self.log_scale = (
             nn.Parameter(torch.tensor(REFERENCE_LOGIT_STD * codebook_dim**0.5).log()) if normalize else None
         )
+        self.distance_unit: Tensor | None
+        self.register_buffer("distance_unit", torch.ones(()) if similarity == "distance" else None)
 
     @property
     def codebook(self) -> Tensor:
@@ -120,15 +137,12 @@ class IndexBackpropagationQuantizer(Quantizer):
             distributed = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
             # the query already carries 1 / temperature: the entropy softmax is of l / T, whatever the index softmax's is
             entropy_temperature = self.entropy_temperature / self.temperature if entropy else None
-            found = index_backprop(self._query(z), codebook, entropy_temperature, all_ranks=distributed)
-            quantization_loss = (
-                F.mse_loss(found.soft, z)
-                + F.mse_loss(found.hard.detach(), z)
-                + BETA * F.mse_loss(found.hard, z.detach())
-            )
+            found = index_backprop(self._query(z), self._keys(codebook), entropy_temperature, all_ranks=distributed)
+            soft, hard = found.soft[:, : self.codebook_dim], found.hard[:, : self.codebook_dim]
+            quantization_loss = F.mse_loss(soft, z) + F.mse_loss(hard.detach(), z) + BETA * F.mse_loss(hard, z.detach())
         batch, _, height, width = features.shape
         return Quantized(
-            embeddings=found.soft.view(batch, height, width, -1).permute(0, 3, 1, 2),
+            embeddings=soft.view(batch, height, width, -1).permute(0, 3, 1, 2),
             indices=found.indices.view(batch, height, width),
             quantization_loss=quantization_loss,
             entropy_loss=found.entropy,
@@ -139,7 +153,41 @@ class IndexBackpropagationQuantizer(Quantizer):
     def nearest(self, features: Tensor) -> Tensor:
         batch, _, height, width = features.shape
         with torch.autocast(features.device.type, enabled=False):
-            return nearest_logit(self._query(self._rows(features)), self.codebook).view(batch, height, width)
+            found = nearest_logit(self._query(self._rows(features)), self._keys(self.codebook))
+        return found.view(batch, height, width)
+
+    @torch.no_grad()
+    def place_codes(self, features: Tensor, seed: int = 0) -> float:
+        """Put the codes where features are (k-means), in place.
+
+        Args:
+            features: float[I, D, h, w] of many pictures, I * h * w >= K; all of it is held in memory.
+            seed: of the codes that k-means starts from.
+
+        Returns:
+            The mean squared distance of a feature to its nearest code, >= 0; 0 means that there are too few features.
+
+        Raises:
+            ValueError: fewer features than codes.
+        """
+        rows = self._rows(features)
+        if len(rows) < self.codebook_size:
+            raise ValueError(f"{len(rows)} features cannot place {self.codebook_size} codes. Give at least as many.")
+        generator = torch.Generator().manual_seed(seed)
+        codes = rows[torch.randperm(len(rows), generator=generator)[: self.codebook_size].to(rows.device)].clone()
+        for _ in range(KMEANS_ROUNDS):
+            found = nearest_logit(*_as_dot(rows, codes))
+            counts = torch.bincount(found, minlength=self.codebook_size).to(rows.dtype)
+            sums = torch.zeros_like(codes).index_add_(0, found, rows)
+            # a code that nothing chose starts again at a feature
+            spare = rows[torch.randint(len(rows), (self.codebook_size,), generator=generator).to(rows.device)]
+            codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], spare)
+            codes = F.normalize(codes, dim=1) if self.normalize else codes
+        distance = (rows - codes[nearest_logit(*_as_dot(rows, codes))]).pow(2).sum(dim=1).mean()
+        self.embedding.weight.copy_(codes)
+        if self.distance_unit is not None:
+            self.distance_unit.copy_(distance.clamp(min=1e-6))
+        return float(distance)
 
     def _rows(self, features: Tensor) -> Tensor:
         """float32[N, D] with N = B * h * w: z of the losses, l2-normalised where codes are."""
@@ -152,5 +200,23 @@ class IndexBackpropagationQuantizer(Quantizer):
         return F.normalize(rows, dim=1) if self.normalize else rows
 
     def _query(self, z: Tensor) -> Tensor:
+        if self.distance_unit is not None:
+            return _distance_query(z) / (self.distance_unit * self.temperature)
         scale: Any = 1.0 if self.log_scale is None else self.log_scale.exp()
         return z * (scale / self.temperature)
+
+    def _keys(self, codebook: Tensor) -> Tensor:
+        return codebook if self.distance_unit is None else _distance_keys(codebook)
+
+
+def _distance_query(z: Tensor) -> Tensor:
+    """float[N, D + 1]; its dot product with `_distance_keys(e)` is -|z - e|^2 up to what no softmax over codes sees."""
+    return torch.cat([2 * z, -torch.ones_like(z[:, :1])], dim=1)
+
+
+def _distance_keys(codes: Tensor) -> Tensor:
+    return torch.cat([codes, codes.pow(2).sum(dim=1, keepdim=True)], dim=1)
+
+
+def _as_dot(z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    return _distance_query(z), _distance_keys(codes)

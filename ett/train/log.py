@@ -23,7 +23,8 @@ class RunLog:
     """Appends to ``log.jsonl`` and mirrors numbers to trackers.
 
     Events: ``step`` (losses unweighted by name, gradient norm, learning rates, images_per_second), ``validation`` (the same
-    names), ``reach`` (gradient norms of the caption loss by part). Each carries stage, step and seconds since the epoch.
+    names), ``reach`` (gradient norms of the caption loss by part), ``codes_placed`` (mean squared distance of features to their
+    nearest code). Each carries stage, step and seconds since the epoch.
     """
 
     def __init__(self, directory: Path, tracker: Tracker, main: bool = True, quiet: bool = False) -> None:
@@ -82,6 +83,9 @@ class RunLog:
         if self.plain:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
             print(f"{stage} {step}  validation: {shown}", file=sys.stderr, flush=True)
+
+    def codes_placed(self, stage: str, step: int, distance: float) -> None:
+        self._write("codes_placed", stage, step, mean_squared_distance=distance)
 
     def reach(self, stage: str, norms: Mapping[str, float]) -> None:
         self._write("reach", stage, 0, caption_gradient_norms=norms)

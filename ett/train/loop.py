@@ -20,12 +20,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ett.data.mixture import DrawSampler, EncodedDraws, Mixture
-from ett.errors import DataError, UserError
+from ett.errors import DataError, RecipeError, UserError
+from ett.generate.fidelity import psnr
 from ett.losses.caption import supervised_columns
-from ett.losses.joint import LossConfig, tokenizer_loss, tokenizer_losses
+from ett.losses.joint import LossConfig, reconstruction_loss, tokenizer_loss, tokenizer_losses
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.processing import Encoded, EttProcessor
 from ett.tokenizers import VisionTokenizer
+from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 from ett.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from ett.train.log import RunLog
 from ett.train.optim import build_optimizer, set_learning_rates
@@ -33,6 +35,9 @@ from ett.train.stages import StageConfig, caption_reach, check_reach, part_of, s
 from ett.types import Batch
 
 Losses = dict[str, Tensor]
+
+FEATURES_PER_CODE = 16
+"""Features that place one code: k-means over so many times K of them."""
 
 
 class Interrupted(Exception):
@@ -90,13 +95,32 @@ class TokenizerObjective(nn.Module):
         super().__init__()
         self.vision_tokenizer = vision_tokenizer
 
-    def forward(self, batch: Batch, loss_config: LossConfig, shares: Shares) -> tuple[Tensor, Losses]:
-        """(loss float[], terms by name); alpha plays no part where there is no other loss."""
-        if len(batch.pixel_values) == 0:
-            return torch.zeros((), device=batch.pixel_values.device), {}
-        reconstruction, quantized = self.vision_tokenizer(batch.pixel_values, entropy=loss_config.entropy_weight > 0)
-        losses = tokenizer_losses(batch.pixel_values, reconstruction, quantized, loss_config)
-        return tokenizer_loss(losses, loss_config) * shares.images, losses
+    def forward(
+        self, batch: Batch, loss_config: LossConfig, shares: Shares, *, quantized: bool = True
+    ) -> tuple[Tensor, Losses]:
+        """(loss float[], terms by name); alpha plays no part where there is no other loss.
+
+        In evaluation the terms come with ``psnr`` [dB], the mean over pictures. With `quantized` False the decoder reads the
+        features, and the reconstruction is all that counts.
+        """
+        pixels = batch.pixel_values
+        if len(pixels) == 0:
+            return torch.zeros((), device=pixels.device), {}
+        tokenizer = self.vision_tokenizer
+        if quantized:
+            reconstruction, found = tokenizer(pixels, entropy=loss_config.entropy_weight > 0)
+            losses = tokenizer_losses(pixels, reconstruction, found, loss_config)
+            loss = tokenizer_loss(losses, loss_config)
+        else:
+            reconstruction = tokenizer.decode(tokenizer.encode(pixels))
+            losses = {"reconstruction_loss": reconstruction_loss(reconstruction, pixels, loss_config.reconstruction)}
+            # every rank's every parameter must take part in backward, the idle quantizer's too
+            idle = sum(parameter.sum() for parameter in tokenizer.quantize.parameters())
+            loss = loss_config.reconstruction_weight * losses["reconstruction_loss"] + 0.0 * idle
+        if not self.training:
+            pairs = zip(reconstruction.clamp(-1, 1), pixels, strict=True)
+            losses["psnr"] = torch.tensor([psnr(*pair) for pair in pairs], device=pixels.device).mean()
+        return loss * shares.images, losses
 
 
 class JointObjective(nn.Module):
@@ -194,6 +218,8 @@ class Stage:
             for micro_batches in batches:
                 if self.step == 0 and isinstance(self.model, EttForConditionalGeneration):
                     self._check_freezing(micro_batches)
+                if config.quantize_after and self.step == config.quantize_after:
+                    self._place_codes()
                 losses, norm = self._train_step(micro_batches)
                 self.step += 1
                 seen += config.batch_size
@@ -223,7 +249,7 @@ class Stage:
         for start in range(0, len(self.data.validation), self.micro_batch):
             batch = self._collate(list(self.data.validation[start : start + self.micro_batch]))
             tokens = float(max(1, batch.num_supervised))
-            loss, losses = self.objective(batch, self.losses, Shares(tokens, 1.0))
+            loss, losses = self._losses(batch, Shares(tokens, 1.0))
             for name, value in {"loss": loss, **losses}.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * tokens
             weight += tokens
@@ -253,7 +279,7 @@ class Stage:
             shares = Shares(tokens, len(batch.pixel_values) / images)
             synced = i == len(micro_batches) - 1
             with nullcontext() if synced else self.accelerator.no_sync(self.objective):
-                loss, losses = self.objective(batch, self.losses, shares)
+                loss, losses = self._losses(batch, shares)
                 # text alone passes no part that `align` trains: nothing to learn from it there
                 if loss.requires_grad:
                     self.accelerator.backward(loss)
@@ -272,6 +298,31 @@ class Stage:
         if world > 1:
             totals = {name: self.accelerator.reduce(value, reduction="mean") for name, value in totals.items()}
         return totals, norm_value
+
+    def _losses(self, batch: Batch, shares: Shares) -> tuple[Tensor, Losses]:
+        quantizes_later = {"quantized": self.step >= self.config.quantize_after} if self.config.quantize_after else {}
+        result: tuple[Tensor, Losses] = self.objective(batch, self.losses, shares, **quantizes_later)
+        return result
+
+    @torch.no_grad()
+    def _place_codes(self) -> None:
+        """Codes go where the features of the mixture's first pictures are; a function of the weights and the recipe alone."""
+        assert isinstance(self.model, VisionTokenizer)
+        quantizer = self.model.quantize
+        if not isinstance(quantizer, IndexBackpropagationQuantizer):
+            raise RecipeError(f"quantize_after places codes by k-means, which {type(quantizer).__name__} has not.")
+        features: list[Tensor] = []
+        wanted, draw = FEATURES_PER_CODE * quantizer.codebook_size, 0
+        while sum(each.shape[0] * each.shape[2] * each.shape[3] for each in features) < wanted:
+            items = [self.data.processor.encode(self.data.mixture[draw + i], None) for i in range(self.micro_batch)]
+            features += [self.model.encode(self._collate(items).pixel_values)]
+            draw += self.micro_batch
+        rows = torch.cat([each.flatten(2).transpose(1, 2).flatten(0, 1) for each in features])
+        distance = quantizer.place_codes(rows.T[None, :, :, None])
+        if self.accelerator.num_processes > 1:
+            for tensor in (*quantizer.parameters(), *quantizer.buffers()):
+                torch.distributed.broadcast(tensor, src=0)
+        self.log.codes_placed(self.name, self.step, distance)
 
     def _refuse(self, losses: Losses, norm: float) -> None:
         shown = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())

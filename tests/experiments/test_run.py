@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 import torch
 import yaml
 
-from ett.config import from_mapping
+from ett.config import from_mapping, to_mapping
+from ett.data.mixture import SourceConfig
 from ett.errors import ModelError, RecipeError, UserError
 from ett.experiments.recipe import SHIPPED, Recipe, dump_recipe, load_recipe
 from ett.experiments.run import Interrupted, Run, load_model, resolve_model_folder
@@ -100,6 +102,9 @@ def test_a_crash_anywhere_then_resume_gives_the_same_weights(
     seed: int, toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Died inside a step, a save or a hand-over, again and again: the resumed run equals the uninterrupted one."""
+    if seed == 2:
+        toy_recipe["stages"][0]["quantize_after"] = 1
+        toy_recipe["model"]["vision_tokenizer"]["similarity"] = "distance"
     recipe = recipe_from(toy_recipe)
     Run(recipe, tmp_path / "whole").train()
     rng = random.Random(seed)
@@ -264,6 +269,34 @@ def test_a_nan_stops_before_the_step(toy_recipe: dict[str, Any], tmp_path: Path)
     assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints", "semantic")] == [1, 2]
 
 
+def test_quantization_can_begin_later(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """First the decoder reads the features; then the codes are placed where the features are, and most of them are used."""
+    toy_recipe["model"]["vision_tokenizer"] |= {
+        "similarity": "distance",
+        "temperature": 0.5,
+        "entropy_temperature": 0.1,
+    }
+    toy_recipe["stages"] = [
+        {**toy_recipe["stages"][0], "steps": 6, "quantize_after": 4, "validate_every": 1, "checkpoint_every": None}
+    ]
+    recipe = recipe_from(toy_recipe)
+    recipe = replace(recipe, data=(SourceConfig(source="drawn_text", size=32, difficulty=0.3),))
+    folder = Run(recipe, tmp_path / "run").train()
+    events = read_log(tmp_path / "run" / "log.jsonl")
+    (placed,) = [event for event in events if event["event"] == "codes_placed"]
+    assert placed["step"] == 4
+    assert placed["mean_squared_distance"] > 0
+    losses = {e["step"]: e["losses"] for e in events if e["event"] == "step"}
+    assert ["quantization_loss" in losses[step] for step in range(1, 7)] == [False] * 4 + [True] * 2
+    psnr = {e["step"]: e["losses"]["psnr"] for e in events if e["event"] == "validation"}
+    assert psnr[5] > psnr[4] - 1.0, "placed codes cost little"
+    tokenizer = VisionTokenizer.from_pretrained(folder)
+    assert tokenizer.quantize.distance_unit is not None
+    assert tokenizer.quantize.distance_unit.item() == pytest.approx(placed["mean_squared_distance"])
+    with pytest.raises(RecipeError, match="quantize_after"):
+        recipe_from({**toy_recipe, "stages": [{"stage": "align", "steps": 3, "batch_size": 4, "quantize_after": 1}]})
+
+
 def test_folders_are_not_overwritten_by_accident(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
     toy_recipe["stages"] = [{"stage": "tokenizer", "steps": 1, "batch_size": 2}]
     recipe, out = recipe_from(toy_recipe), tmp_path / "run"
@@ -317,15 +350,26 @@ def test_recipe_json_of_a_run_is_plain_yaml(toy_recipe: dict[str, Any]) -> None:
     assert json.dumps(yaml.safe_load(text))
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_recipes_take_two_steps(path: Path, tmp_path: Path) -> None:
-    """Every stage of every shipped recipe on its own data, with a toy language model and small batches."""
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    given |= {"evaluation": {**given.get("evaluation", {}), "limit": 2}, "num_workers": 0, "trackers": []}
-    if given["model"].get("language_model") is not None:
-        given["model"]["language_model"] = {"config": LANGUAGE_MODELS["qwen2"]}
+def _shipped_recipes() -> list[tuple[str, str | None]]:
+    found: list[tuple[str, str | None]] = []
+    for path in sorted(SHIPPED.glob("*.yaml")):
+        arms = yaml.safe_load(path.read_text(encoding="utf-8")).get("arms")
+        found += [(path.stem, arm) for arm in (arms or [None])]
+    return found
+
+
+@pytest.mark.parametrize(("name", "arm"), _shipped_recipes())
+def test_shipped_recipes_take_two_steps(name: str, arm: str | None, tmp_path: Path) -> None:
+    """Every stage of every arm of every shipped recipe on its own data, with a toy language model and small batches."""
+    given = to_mapping(load_recipe(name, [f"arm={arm}"] if arm else []))
+    given |= {"evaluation": {**given["evaluation"], "limit": 2}, "num_workers": 0, "trackers": []}
+    model = given["model"]
+    if model["language_model"] is not None and model["language_model"].get("path"):
+        model["language_model"] = {"config": LANGUAGE_MODELS["qwen2"]}
+    if "runs/" in str(model["vision_tokenizer"].get("path")):
+        model["vision_tokenizer"] = {"path": "reader_64px"}
     for stage in given["stages"]:
-        stage |= {"steps": 2, "batch_size": 2}
+        stage |= {"steps": 2, "batch_size": 2, "quantize_after": min(1, stage["quantize_after"])}
     recipe = recipe_from(given)
     Run(recipe, tmp_path / "run").train()
     finished = {e["stage"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "validation"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,62 @@ def test_quantizer_losses_and_gradients(normalize: bool, temperature: float) -> 
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+def test_distances_against_the_dense_form() -> None:
+    quantizer = IndexBackpropagationQuantizer(50, 6, temperature=0.5, entropy_temperature=0.9, similarity="distance")
+    quantizer = quantizer.double()
+    assert quantizer.distance_unit is not None
+    quantizer.distance_unit.fill_(0.7)
+    features = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    out = quantizer(features)
+    weights = torch.randn_like(out.embeddings)
+    codebook: Tensor = quantizer.embedding.weight
+    loss = (out.embeddings * weights).sum() + 2 * out.quantization_loss + 0.3 * out.entropy_loss
+    found = torch.autograd.grad(loss, [features, codebook])
+
+    z = features.permute(0, 2, 3, 1).reshape(-1, 6)
+    logits = -(z[:, None] - codebook[None]).pow(2).sum(dim=2) / 0.7
+    index = logits.argmax(dim=1)
+    share = (logits / 0.5).softmax(dim=1)
+    onehot = F.one_hot(index, 50).double()
+    soft, hard = (onehot - share.detach() + share) @ codebook, codebook[index]
+    quantization = (
+        ((soft - z) ** 2).mean() + ((hard.detach() - z) ** 2).mean() + 0.25 * ((hard - z.detach()) ** 2).mean()
+    )
+    sharp = (logits / 0.9).log_softmax(dim=1)
+    mean = sharp.exp().mean(dim=0)
+    entropy = (mean * mean.log()).sum() - (sharp.exp() * sharp).sum(dim=1).mean()
+    image = soft.view(2, 3, 5, 6).permute(0, 3, 1, 2)
+    expected = torch.autograd.grad((image * weights).sum() + 2 * quantization + 0.3 * entropy, [features, codebook])
+    assert torch.equal(out.indices.flatten(), index)
+    assert torch.equal(quantizer.nearest(features), out.indices)
+    torch.testing.assert_close(out.embeddings, quantizer.lookup(out.indices))
+    torch.testing.assert_close(out.entropy_loss, entropy)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+    with pytest.raises(ValueError, match="similarity"):
+        IndexBackpropagationQuantizer(50, 6, normalize=True, similarity="distance")
+
+
+@pytest.mark.parametrize("settings", [{}, {"similarity": "distance"}, {"normalize": True}])
+def test_codes_are_placed_where_features_are(settings: dict[str, Any]) -> None:
+    """Features in well separated clumps: as many codes find each of them, from a codebook that is nowhere near."""
+    centres = 3 * F.normalize(torch.randn(16, 8), dim=1) + 5 * (0 if settings.get("normalize") else 1)
+    rows = centres.repeat(40, 1) + 0.01 * torch.randn(640, 8)
+    features = rows.T.reshape(1, 8, 640, 1)
+    quantizer = IndexBackpropagationQuantizer(64, 8, **settings)
+    distance = quantizer.place_codes(features)
+    gaps = torch.cdist(F.normalize(rows, dim=1) if settings.get("normalize") else rows, quantizer.codebook).amin(dim=1)
+    assert gaps.max() < 0.1
+    assert distance == pytest.approx(gaps.pow(2).mean().item(), rel=0.05)
+    if quantizer.distance_unit is not None:
+        assert quantizer.distance_unit.item() == pytest.approx(distance, rel=1e-5)
+    before = quantizer.codebook.clone()
+    assert quantizer.place_codes(features) == distance, "a function of features and seed"
+    assert torch.equal(quantizer.codebook, before)
+    with pytest.raises(ValueError, match="63 features"):
+        quantizer.place_codes(features[:, :, :63])
+
+
 def test_entropy_can_be_left_out() -> None:
     quantizer = IndexBackpropagationQuantizer(50, 6)
     features = torch.randn(2, 6, 3, 5)
@@ -196,6 +253,7 @@ def _join(rank: int, folder: str) -> None:
 
 
 def _all_ranks_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)  # idle OpenMP threads beside gloo now and then abort the process as it ends
     _join(rank, folder)
     inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)
     quantizer = IndexBackpropagationQuantizer(40, 6).double().train()
@@ -217,6 +275,7 @@ def _fsdp_worker(rank: int, folder: str) -> None:
 
     from ett.train.precision import shard_quantizer
 
+    torch.set_num_threads(1)  # idle OpenMP threads beside gloo now and then abort the process as it ends
     _join(rank, folder)
     inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)
     results = {}

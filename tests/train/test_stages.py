@@ -117,3 +117,6 @@ def test_schedule() -> None:
     assert schedule_factor(config, 100, 100) == pytest.approx(0.1)
     assert schedule_factor(config, 3 + 97 // 2, 100) == pytest.approx(0.55, abs=0.01)
     assert schedule_factor(OptimizerConfig(schedule="constant"), 99, 100) == 1.0
+    held = OptimizerConfig(warmup_ratio=0.1, final_ratio=0.1, decay_until=0.8)
+    assert schedule_factor(held, 45, 100) == pytest.approx(0.55, abs=0.01)
+    assert [schedule_factor(held, step, 100) for step in (80, 90, 99)] == pytest.approx([0.1] * 3)

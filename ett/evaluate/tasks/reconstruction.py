@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches
 from ett.evaluate.metrics import codebook_usage, index_counts, index_perplexity, l1, psnr, ssim
-from ett.images import load_image
+from ett.images import Box, load_image
+from ett.losses.perceptual import PerceptualDistance, lite0_is_installed, load_lite0
+
+Measure = Callable[[Tensor, Tensor, Box | None], float]
+"""Of two float[3, H, W] in [-1, 1], inside a box."""
 
 
 class ReconstructionTask(Task):
@@ -16,6 +23,7 @@ class ReconstructionTask(Task):
 
     Metrics, means over pictures:
         psnr [dB], ssim, l1 (mean absolute difference, pictures in [-1, 1]).
+        lite0_distance: EfficientNet-Lite0 distance, in [0, 4]; only where the package of its weights is installed.
     and of the indices of all pictures together, padding included:
         codebook_usage: share of the K codes in use. index_perplexity: in [1, K].
     """
@@ -26,7 +34,10 @@ class ReconstructionTask(Task):
     def run(self, subject: Subject, data: Selection) -> TaskResult:
         tokenizer, image_processor = subject.vision_tokenizer, subject.processor.image_processor
         counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
-        sums: dict[str, list[float]] = {"psnr": [], "ssim": [], "l1": []}
+        measures: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, "l1": l1}
+        if lite0_is_installed():
+            measures["lite0_distance"] = lite0_distance
+        sums: dict[str, list[float]] = {name: [] for name in measures}
         pictures: list[int] = []
         for part in batches(data, subject.batch_size, f"{data.name} {self.name}"):
             shown = [example for example in part if example.images]
@@ -37,7 +48,7 @@ class ReconstructionTask(Task):
             indices = tokenizer.tokenize(pixels)
             decoded = tokenizer.detokenize(indices)
             counts += index_counts(indices, tokenizer.codebook_size)
-            for name, measure in (("psnr", psnr), ("ssim", ssim), ("l1", l1)):
+            for name, measure in measures.items():
                 each = iter([measure(pixels[i], decoded[i], box) for i, (_, box) in enumerate(fitted)])
                 sums[name].extend(sum(next(each) for _ in example.images) for example in shown)
             pictures.extend(len(example.images) for example in shown)
@@ -46,4 +57,19 @@ class ReconstructionTask(Task):
         metrics = {name: Metric.mean(values, pictures) for name, values in sums.items()}
         metrics["codebook_usage"] = Metric(codebook_usage(counts), len(pictures))
         metrics["index_perplexity"] = Metric(index_perplexity(counts), len(pictures))
-        return TaskResult(metrics)
+        return TaskResult(metrics, index_counts=counts)
+
+
+def lite0_distance(first: Tensor, second: Tensor, box: Box | None = None) -> float:
+    """EfficientNet-Lite0 distance of two float[3, H, W] in [-1, 1], in [0, 4]: of what is inside `box`, enlarged as need be.
+
+    Raises:
+        ModelError: the package of the weights is not installed, or damaged.
+    """
+    parts = [x if box is None else x[..., box.top : box.bottom, box.left : box.right] for x in (first, second)]
+    return _perceptual_distance(first.device)(parts[0][None], parts[1][None]).item()
+
+
+@lru_cache(maxsize=1)
+def _perceptual_distance(device: torch.device) -> PerceptualDistance:
+    return PerceptualDistance(load_lite0()).to(device)

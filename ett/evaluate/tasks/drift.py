@@ -1,0 +1,49 @@
+"""How far a tuned tokenizer has moved from the one it started as."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from ett.errors import ModelError
+from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches
+from ett.evaluate.metrics import l1
+from ett.images import load_image
+
+
+class DriftTask(Task):
+    """Tokens and reconstructions of pictures against those of the initial tokenizer.
+
+    Metrics, means over pictures:
+        indices_changed: share of tokens whose index is another one; padding counts.
+        reconstruction_drift: mean absolute difference of the two reconstructions, pictures in [-1, 1], without padding.
+    """
+
+    name: ClassVar[str] = "drift"
+    needs_language_model: ClassVar[bool] = False
+    needs_initial_tokenizer: ClassVar[bool] = True
+
+    def run(self, subject: Subject, data: Selection) -> TaskResult:
+        tuned, initial = subject.vision_tokenizer, subject.initial_tokenizer
+        assert initial is not None, "a task without initial tokenizer asked for one"
+        if (initial.downsample, initial.codebook_size) != (tuned.downsample, tuned.codebook_size):
+            raise ModelError(
+                f"The initial tokenizer has {initial.codebook_size} codes at downsampling {initial.downsample}, the tuned one "
+                f"{tuned.codebook_size} at {tuned.downsample}: one did not become the other. Leave the drift task out."
+            )
+        changed: list[float] = []
+        drift: list[float] = []
+        for part in batches(data, subject.batch_size, f"{data.name} {self.name}"):
+            images = [load_image(image) for example in part for image in example.images]
+            if not images:
+                continue
+            fitted = [subject.processor.image_processor.fit(image) for image in images]
+            pixels = torch.stack([torch.from_numpy(array) for array, _ in fitted]).to(subject.device)
+            before, now = initial.tokenize(pixels), tuned.tokenize(pixels)
+            changed.extend((before != now).double().mean(dim=(1, 2)).tolist())
+            pairs = zip(initial.detokenize(before), tuned.detokenize(now), fitted, strict=True)
+            drift.extend(l1(first, second, box) for first, second, (_, box) in pairs)
+        if not changed:
+            return TaskResult()
+        return TaskResult({"indices_changed": Metric.mean(changed), "reconstruction_drift": Metric.mean(drift)})

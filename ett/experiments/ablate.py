@@ -1,0 +1,234 @@
+"""`ett ablate` and `ett demo`: every arm of a comparison in its own process, a few at a time, then one report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ett.errors import UserError
+from ett.experiments.comparison import (
+    EVALUATION_NAME,
+    START,
+    Arm,
+    Comparison,
+    ComparisonFolder,
+    load_comparison,
+    measure_start,
+    run_arm,
+    steps_of,
+)
+from ett.experiments.comparison_report import write_comparison_report
+from ett.experiments.folder import RECIPE_NAME
+from ett.train.log import LOG_NAME, read_log
+from ett.train.loop import Interrupted
+
+DEMO = "quickstart"
+"""The recipe of `ett demo`."""
+OUTPUT_NAME = "output.txt"
+"""What an arm's process printed, in the arm's folder."""
+POLL_SECONDS, LINE_SECONDS = 0.5, 20.0
+
+
+@dataclass
+class _Job:
+    """A process to run: an arm, or the start's evaluation."""
+
+    key: str
+    folder: Path
+    steps: int
+    process: subprocess.Popen[bytes] | None = None
+    output: Path | None = None
+
+    @property
+    def done_steps(self) -> int:
+        """Steps that its log tells of, over all stages."""
+        log = self.folder / LOG_NAME
+        if not log.is_file():
+            return 0
+        latest: dict[str, int] = {}
+        for event in read_log(log):
+            if event.get("event") == "step":
+                latest[event["stage"]] = event["step"]
+        return sum(latest.values())
+
+
+def ablate(
+    recipe: str | Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    jobs: int | None = None,
+) -> Path:
+    """Run every arm of a recipe that compares arms, and write the report.
+
+    Args:
+        recipe, overrides: as `load_comparison` takes them.
+        out: the comparison's folder; see `ett.experiments.comparison`.
+        resume: continue what is there. overwrite: delete the comparison that is there.
+        jobs: arms at a time, each with its share of the cores; None takes one for each CPU core, or one at a time where
+            there is an accelerator.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        Interrupted: stopped by a signal, every arm saved. UserError: an arm failed; the others were stopped and saved.
+    """
+    comparison = load_comparison(recipe, overrides)
+    folder = ComparisonFolder(out, comparison, resume=resume, overwrite=overwrite)
+    folder.open()
+    pending = _pending(comparison, out)
+    if pending:
+        _run_all(pending, out, jobs if jobs is not None else _jobs(len(pending)))
+    return write_comparison_report(out)
+
+
+def run_only(out: Path, key: str) -> None:
+    """One arm ("NAME:SEED"), or "start", of the comparison that was opened in `out`, in this process.
+
+    Raises:
+        Interrupted: stopped by a signal, after saving. UserError: there is no such comparison or arm, or it failed.
+    """
+    if not (out / RECIPE_NAME).is_file():
+        raise UserError(f"There is no comparison in {out}. Start one with `ett ablate RECIPE --out {out}`.")
+    comparison = load_comparison(out / RECIPE_NAME)
+    if key == START:
+        measure_start(comparison, out)
+    else:
+        run_arm(comparison, comparison.find(key), out)
+
+
+def _jobs(pending: int) -> int:
+    return 1 if torch.accelerator.is_available() else max(1, min(pending, os.cpu_count() or 1))
+
+
+def _pending(comparison: Comparison, out: Path) -> list[_Job]:
+    """What is not finished: arms that tune the tokenizer first, for they take longest, and the start last."""
+    arms = sorted((arm for arm in comparison.arms if not (out / arm.folder / EVALUATION_NAME).is_file()), key=_cost)
+    found = [_Job(arm.key, out / arm.folder, steps_of(arm.recipe)) for arm in arms]
+    recipe = comparison.arms[0].recipe
+    if recipe.model.init is not None and not (out / START / EVALUATION_NAME).is_file():
+        found.append(_Job(START, out / START, 0))
+    return found
+
+
+def _cost(arm: Arm) -> float:
+    return -sum(stage.steps * (3 if "vision_tokenizer" in stage.parts else 1) for stage in arm.recipe.stages)
+
+
+def _run_all(pending: list[_Job], out: Path, jobs: int) -> None:
+    """Run the jobs, `jobs` at a time, the CPU cores shared among them.
+
+    Raises:
+        Interrupted: a signal came; every process was told to save and has ended. UserError: a job failed.
+    """
+    waiting, running = list(pending), list[_Job]()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    total = sum(job.steps for job in pending)
+    before = sum(job.done_steps for job in pending)
+    bar: tqdm[Any] = tqdm(total=total, initial=before, unit="step", disable=None, dynamic_ncols=True, leave=False)
+    with _noted_signals() as received, bar:
+        said = time.monotonic()
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(_started(waiting.pop(0), out, threads))
+                time.sleep(POLL_SECONDS)
+                if received:
+                    raise Interrupted(sum(job.done_steps for job in pending), received[0])
+                for job in [job for job in running if job.process is not None and job.process.poll() is not None]:
+                    running.remove(job)
+                    _check(job)
+                if time.monotonic() - said > LINE_SECONDS or not bar.disable:
+                    said = time.monotonic()
+                    _say(bar, pending, running, total)
+        finally:
+            _stop(running)
+
+
+def _started(job: _Job, out: Path, threads: int) -> _Job:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    # outside of the run's folder while that may still have to be made: a run starts only in an empty one
+    output = out / f"{job.key.replace(':', '-')}.{OUTPUT_NAME}"
+    with output.open("ab") as file:
+        job.process = subprocess.Popen(
+            [sys.executable, "-m", "ett.cli", "ablate", "--out", str(out), "--only", job.key],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            # signals of the terminal are for us to pass on: two of them would end an arm before it has saved
+            start_new_session=True,
+        )
+    job.output = output
+    return job
+
+
+def _check(job: _Job) -> None:
+    """Raise what ended a process that did not finish."""
+    assert job.process is not None
+    assert job.output is not None
+    if job.process.returncode == 0:
+        return
+    lines = job.output.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
+    raise UserError(
+        f"{job.key} ended with exit code {job.process.returncode}: {lines[-1].removeprefix('ett: ')} (all of it: "
+        f"{job.output}). The other arms were stopped and saved; go on with --resume."
+    )
+
+
+def _stop(running: Sequence[_Job]) -> None:
+    """Tell every process to save and end, and wait for it."""
+    processes = [job.process for job in running if job.process is not None and job.process.poll() is None]
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.wait()
+
+
+def _say(bar: tqdm[Any], pending: Sequence[_Job], running: Sequence[_Job], total: int) -> None:
+    done = {job.key: job.done_steps for job in pending}
+    now = ", ".join(
+        f"{job.key.removesuffix(':0')} {'measuring' if done[job.key] >= job.steps else f'{done[job.key]}/{job.steps}'}"
+        for job in running
+    )
+    if bar.disable:
+        print(f"{sum(done.values())}/{total} steps  {now}", file=sys.stderr, flush=True)
+    else:
+        bar.set_postfix_str(now, refresh=False)
+        bar.n = sum(done.values())
+        bar.refresh()
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM while arms run; nothing where signals are another's (not the main thread)."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    previous = {}
+    try:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            previous[each] = signal.signal(each, note)
+    except ValueError:
+        previous.clear()
+    try:
+        yield received
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
