@@ -7,7 +7,7 @@ is one number: how many draws were made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -25,6 +25,8 @@ from ett.types import Example
 
 BLOCK = 1000
 """Draws within which every source gets exactly its share."""
+
+GOLDEN_RATIO = 0.6180339887498949
 
 SourceName = Literal["names", "questions", "drawn_text", "manifest"]
 
@@ -44,6 +46,8 @@ class SourceConfig:
         kinds: of drawn text, among "word", "number", "letters".
         spelled: drawn text's answer letter by letter ("c a t").
         characters: of drawn text, (fewest, most) in a string; null takes the difficulty's.
+        asked: share of a built-in source's examples, in [0, 1], that keep their question; of the others the picture alone
+            stands before the answer, as before a caption.
         size: side of drawn pictures [pixels].
         seed: of drawn text.
     """
@@ -58,6 +62,7 @@ class SourceConfig:
     kinds: tuple[Literal["word", "number", "letters"], ...] = ("word", "number", "letters")
     spelled: bool = False
     characters: tuple[int, int] | None = None
+    asked: float = 1.0
     size: int = 96
     seed: int = 0
 
@@ -66,6 +71,7 @@ class SourceConfig:
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null")
         require(0 <= self.difficulty <= 1, "difficulty", self.difficulty, "in [0, 1]")
         require(len(self.kinds) >= 1, "kinds", self.kinds, "a non-empty list")
+        require(0 <= self.asked <= 1, "asked", self.asked, "in [0, 1]")
         require(self.size >= 16, "size", self.size, "at least 16")
         if (self.path is None) == (self.source == "manifest"):
             raise RecipeError(
@@ -78,20 +84,20 @@ class SourceConfig:
         if self.source == "manifest":
             assert self.path is not None
             return Manifest(self.path, limit=self.limit, image_root=self.image_root)
+        source: Source
         if self.source == "drawn_text":
-            return Limited.of(
-                DrawnText(
-                    split,
-                    size=self.size,
-                    difficulty=self.difficulty,
-                    kinds=self.kinds,
-                    spelled=self.spelled,
-                    characters=self.characters,
-                    seed=self.seed,
-                ),
-                self.limit,
+            source = DrawnText(
+                split,
+                size=self.size,
+                difficulty=self.difficulty,
+                kinds=self.kinds,
+                spelled=self.spelled,
+                characters=self.characters,
+                seed=self.seed,
             )
-        return Limited.of(ArtworkNames(split) if self.source == "names" else ArtworkQuestions(split), self.limit)
+        else:
+            source = ArtworkNames(split) if self.source == "names" else ArtworkQuestions(split)
+        return Limited.of(source if self.asked == 1 else PartlyAsked(source, self.asked), self.limit)
 
     def build(self) -> Source:
         """The source for this configuration's own split."""
@@ -117,6 +123,27 @@ class Limited(Source):
         if not 0 <= index < self._length:
             raise IndexError(index)
         return self._source[index]
+
+
+class PartlyAsked(Source):
+    """A source whose examples ask in `share` of the cases, chosen by position, and show the picture alone in the others."""
+
+    def __init__(self, source: Source, share: float) -> None:
+        self.name = source.name
+        self._source = source
+        self._share = share
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        # neighbouring positions fall far apart (the golden ratio's multiples), so every stretch holds the share
+        if (index * GOLDEN_RATIO) % 1.0 < self._share:
+            return example
+        answers = [message for message in example.messages if message["role"] == "assistant"]
+        picture = {"role": "user", "content": [{"type": "image"} for _ in example.images]}
+        return replace(example, messages=(picture, answers[0]))
 
 
 class Mixture:

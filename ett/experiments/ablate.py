@@ -7,11 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from ett.errors import UserError
 from ett.experiments.comparison import (
     EVALUATION_NAME,
+    OUTPUT_SUFFIX,
     START,
     Arm,
     Comparison,
@@ -31,13 +30,12 @@ from ett.experiments.comparison import (
 )
 from ett.experiments.comparison_report import write_comparison_report
 from ett.experiments.folder import RECIPE_NAME
+from ett.signals import noted_signals
 from ett.train.log import LOG_NAME, read_log
 from ett.train.loop import Interrupted
 
 DEMO = "quickstart"
 """The recipe of `ett demo`."""
-OUTPUT_NAME = "output.txt"
-"""What an arm's process printed, in the arm's folder."""
 POLL_SECONDS, LINE_SECONDS = 0.5, 20.0
 
 
@@ -109,7 +107,7 @@ def run_only(out: Path, key: str) -> None:
     if key == START:
         measure_start(comparison, out)
     else:
-        run_arm(comparison, comparison.find(key), out)
+        run_arm(comparison.find(key), out)
 
 
 def _jobs(pending: int) -> int:
@@ -141,7 +139,7 @@ def _run_all(pending: list[_Job], out: Path, jobs: int) -> None:
     total = sum(job.steps for job in pending)
     before = sum(job.done_steps for job in pending)
     bar: tqdm[Any] = tqdm(total=total, initial=before, unit="step", disable=None, dynamic_ncols=True, leave=False)
-    with _noted_signals() as received, bar:
+    with noted_signals(second_one_stops=False) as received, bar:
         said = time.monotonic()
         try:
             while waiting or running:
@@ -163,7 +161,7 @@ def _run_all(pending: list[_Job], out: Path, jobs: int) -> None:
 def _started(job: _Job, out: Path, threads: int) -> _Job:
     job.folder.mkdir(parents=True, exist_ok=True)
     # outside of the run's folder while that may still have to be made: a run starts only in an empty one
-    output = out / f"{job.key.replace(':', '-')}.{OUTPUT_NAME}"
+    output = out / f"{job.key.replace(':', '-')}{OUTPUT_SUFFIX}"
     with output.open("ab") as file:
         job.process = subprocess.Popen(
             [sys.executable, "-m", "ett.cli", "ablate", "--out", str(out), "--only", job.key],
@@ -211,24 +209,3 @@ def _say(bar: tqdm[Any], pending: Sequence[_Job], running: Sequence[_Job], total
         bar.set_postfix_str(now, refresh=False)
         bar.n = sum(done.values())
         bar.refresh()
-
-
-@contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while arms run; nothing where signals are another's (not the main thread)."""
-    received: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-
-    previous = {}
-    try:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            previous[each] = signal.signal(each, note)
-    except ValueError:
-        previous.clear()
-    try:
-        yield received
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)

@@ -2,6 +2,7 @@
 
     OUT/comparison.json, OUT/recipe.yaml    that this is a comparison's folder; the recipe with its arms
     OUT/<arm>/ or OUT/<arm>/seed-<n>/       a run's folder (ett.experiments.run) with its ``evaluation.json``
+    OUT/<arm>-<seed>.output.txt             what its process printed
     OUT/start/evaluation.json               the model that every arm starts from, before any training
     OUT/report.html, OUT/report.json        what came out
 
@@ -31,6 +32,8 @@ from ett.tokenizers import VisionTokenizer
 
 MARKER_NAME = "comparison.json"
 EVALUATION_NAME = "evaluation.json"
+OUTPUT_SUFFIX = ".output.txt"
+"""OUT/<arm>-<seed>.output.txt holds what that arm's process printed."""
 START = "start"
 """Folder of what the arms start from; no arm can be called so."""
 
@@ -193,6 +196,8 @@ class ComparisonFolder:
                 RunFolder(folder, arm.recipe, resume=False, overwrite=True).clear()
         for name in (f"{START}/{EVALUATION_NAME}", "report.html", "report.json", RECIPE_NAME, MARKER_NAME):
             (self.path / name).unlink(missing_ok=True)
+        for output in self.path.glob(f"*{OUTPUT_SUFFIX}"):
+            output.unlink()
 
 
 def is_comparison(path: Path) -> bool:
@@ -200,7 +205,7 @@ def is_comparison(path: Path) -> bool:
     return (path / MARKER_NAME).is_file() and (path / RECIPE_NAME).is_file()
 
 
-def run_arm(comparison: Comparison, arm: Arm, out: Path) -> Path:
+def run_arm(arm: Arm, out: Path) -> Path:
     """Train and measure one arm in its folder under `out`, or what is left of it to do; returns the evaluation's path.
 
     Raises:

@@ -22,6 +22,9 @@ class LossConfig:
         reconstruction: pixel distance of L_rec.
         reconstruction_weight, quantization_weight: of L_rec and L_quant in L_vq, >= 0 (1).
         entropy_weight: lambda_E of L_entropy in L_vq, >= 0 (0.05).
+        reconstruction_share: share of each batch's pictures, in (0, 1], that are decoded for L_rec while a language model
+            trains beside (at least one of them; the other terms of L_vq see all). For small pictures the decoder is the
+            dearest part of a step.
         caption_reaches_tokenizer: False detaches the tokenizer from the caption loss (the reconstruction-only control).
     """
 
@@ -31,6 +34,7 @@ class LossConfig:
     reconstruction_weight: float = 1.0
     quantization_weight: float = 1.0
     entropy_weight: float = 0.05
+    reconstruction_share: float = 1.0
     caption_reaches_tokenizer: bool = True
 
     def __post_init__(self) -> None:
@@ -42,6 +46,9 @@ class LossConfig:
             "entropy_weight",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(
+            0 < self.reconstruction_share <= 1, "reconstruction_share", self.reconstruction_share, "in (0, 1]"
+        )
 
     @property
     def uses_entropy(self) -> bool:
@@ -57,9 +64,14 @@ def reconstruction_loss(reconstruction: Tensor, pixel_values: Tensor, kind: Lite
 def tokenizer_losses(
     pixel_values: Tensor, reconstruction: Tensor, quantized: Quantized, config: LossConfig
 ) -> dict[str, Tensor]:
-    """The terms of L_vq by name, unweighted, each float[]."""
+    """The terms of L_vq by name, unweighted, each float[].
+
+    Args:
+        pixel_values: float[I, 3, H, W]. reconstruction: of the first of them, float[R, 3, H, W], 1 <= R <= I.
+    """
+    shown = pixel_values[: len(reconstruction)]
     return {
-        "reconstruction_loss": reconstruction_loss(reconstruction, pixel_values, config.reconstruction),
+        "reconstruction_loss": reconstruction_loss(reconstruction, shown, config.reconstruction),
         "quantization_loss": quantized.quantization_loss,
         "entropy_loss": quantized.entropy_loss,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -30,7 +31,8 @@ class EttOutput(ModelOutput):
         losses: every term by name, unweighted, float[] each.
         past_key_values: the language model's cache.
         quantized: `Quantized` of the batch's images.
-        reconstruction: float[I, 3, H, W], about [-1, 1].
+        reconstruction: float[I', 3, H, W], about [-1, 1], of the first I' = ceil(reconstruction_share * I) images (all of
+            them in evaluation).
     """
 
     loss: Tensor | None = None
@@ -226,12 +228,14 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             losses = {"caption_loss": caption_loss(outputs.logits, targets, num_items_in_batch)}
             loss = weights.caption_weight * losses["caption_loss"]
             if quantized is not None and weights.tokenizer_weight > 0 and pixel_values is not None:
-                reconstruction = self.vision_tokenizer.decode(quantized.embeddings)
+                share = weights.reconstruction_share if self.training else 1.0
+                decoded = math.ceil(share * len(pixel_values))
+                reconstruction = self.vision_tokenizer.decode(quantized.embeddings[:decoded])
                 losses |= tokenizer_losses(pixel_values, reconstruction, quantized, weights)
                 if tokenizer_share is None and num_items_in_batch is not None:
                     tokenizer_share = float((targets != IGNORE_INDEX).sum() / num_items_in_batch)
-                share = 1.0 if tokenizer_share is None else tokenizer_share
-                loss = loss + weights.tokenizer_weight * share * tokenizer_loss(losses, weights)
+                tokenizer_share = 1.0 if tokenizer_share is None else tokenizer_share
+                loss = loss + weights.tokenizer_weight * tokenizer_share * tokenizer_loss(losses, weights)
         return EttOutput(
             loss=loss,
             logits=outputs.logits,

@@ -25,8 +25,9 @@ class ProjectorConfig:
         depth: linear layers, >= 1, GELU between them.
         hidden_size: width between them; None takes the language model's.
         merge_size: n; n x n neighbouring embeddings enter as one position, >= 1.
-        context_layers: 3x3 convolutions with GELU over the grid before merging, of width `hidden_size`, >= 0; they show each
-            position its neighbours, which a causal language model reads only in one direction.
+        context_layers: 3x3 convolutions with GELU over the grid before merging, of width `hidden_size`, residual from the
+            second on, >= 0; they show each position its neighbours, which a causal language model reads only in one
+            direction.
         whiten: shift and scale the embeddings first so that over the codebook, as it is when the model is built, they have
             mean 0 and (nearly) unit variance in every direction. A tokenizer's brightness and colour can be a hundred times
             larger than the directions that hold shapes, which a fresh projector would then hardly see.
@@ -97,8 +98,9 @@ class Projector(nn.Module):
         if self.shift is not None and self.scale is not None:
             centred = embeddings - self.shift[:, None, None]
             embeddings = torch.einsum("ndhw,de->nehw", centred, self.scale)
-        for convolution in self.context:
-            embeddings = F.gelu(convolution(embeddings))
+        for i, convolution in enumerate(self.context):
+            seen = F.gelu(convolution(embeddings))
+            embeddings = seen if i == 0 else embeddings + seen
         # pixel_unshuffle merges each n x n block into channels, row by row
         merged = F.pixel_unshuffle(embeddings, self.merge_size) if self.merge_size > 1 else embeddings
         x = merged.flatten(2).transpose(1, 2)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ett.losses.caption import supervised_columns
 from ett.losses.joint import LossConfig, reconstruction_loss, tokenizer_loss, tokenizer_losses
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.processing import Encoded, EttProcessor
+from ett.signals import noted_signals
 from ett.tokenizers import VisionTokenizer
 from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 from ett.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -212,7 +212,7 @@ class Stage:
             dynamic_ncols=True,
             leave=True,
         )
-        with _signals() as received, bar:
+        with noted_signals(second_one_stops=True) as received, bar:
             batches = self._batches()
             started, seen = time.monotonic(), 0
             for micro_batches in batches:
@@ -438,32 +438,6 @@ def split_batch(config: StageConfig, world_size: int) -> tuple[int, int]:
             "batch_size as a multiple of micro_batch_size times the number of processes."
         )
     return micro, config.batch_size // (micro * world_size)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying from the first; a second one takes the usual way."""
-    received: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        restore()
-
-    def restore() -> None:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    previous: dict[signal.Signals, Callable[..., Any] | int | None] = {}
-    try:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            previous[each] = signal.signal(each, note)
-    except ValueError:
-        # not the main thread: whoever runs us there handles signals
-        previous.clear()
-    try:
-        yield received
-    finally:
-        restore()
 
 
 def _postfix(values: Mapping[str, float], rate: float) -> str:

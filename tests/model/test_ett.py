@@ -97,6 +97,25 @@ def test_loss_is_the_sum_of_its_terms(kind: str) -> None:
     torch.testing.assert_close(terms["reconstruction_loss"], (pixels - reconstruction).abs().mean())
 
 
+def test_a_share_of_the_pictures_is_decoded_while_training() -> None:
+    """The reconstruction loss of the first pictures, the other terms of all; evaluation decodes them all."""
+    model, processor = build()
+    batch = encoded(processor)
+    part, whole = LossConfig(reconstruction_share=0.4), LossConfig()
+    model.train()
+    out, full = (model(**inputs(batch), loss_config=weights) for weights in (part, whole))
+    assert out.losses is not None
+    assert len(out.reconstruction) == 2
+    assert len(full.reconstruction) == len(batch.pixel_values) == 3
+    torch.testing.assert_close(out.reconstruction, full.reconstruction[:2])
+    by_hand = (batch.pixel_values[:2] - out.reconstruction).abs().mean()
+    torch.testing.assert_close(out.losses["reconstruction_loss"], by_hand)
+    torch.testing.assert_close(out.losses["quantization_loss"], full.losses["quantization_loss"])
+    assert len(model.eval()(**inputs(batch), loss_config=part).reconstruction) == 3
+    with pytest.raises(ValueError, match="reconstruction_share"):
+        LossConfig(reconstruction_share=0)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_caption_loss_reaches_every_part(kind: str) -> None:
     model, processor = build(kind)

@@ -252,8 +252,13 @@ def _join(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
 
 
+def _leave() -> None:
+    # without the interpreter's tear-down: beside gloo's threads it now and then ends in std::terminate
+    dist.barrier()
+    os._exit(0)
+
+
 def _all_ranks_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)  # idle OpenMP threads beside gloo now and then abort the process as it ends
     _join(rank, folder)
     inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)
     quantizer = IndexBackpropagationQuantizer(40, 6).double().train()
@@ -267,7 +272,7 @@ def _all_ranks_worker(rank: int, folder: str) -> None:
         {"entropy": out.entropy_loss.detach(), "features": gradients[0], "codebook": gradients[1] / WORLD},
         f"{folder}/rank{rank}.pt",
     )
-    dist.destroy_process_group()
+    _leave()
 
 
 def _fsdp_worker(rank: int, folder: str) -> None:
@@ -275,7 +280,6 @@ def _fsdp_worker(rank: int, folder: str) -> None:
 
     from ett.train.precision import shard_quantizer
 
-    torch.set_num_threads(1)  # idle OpenMP threads beside gloo now and then abort the process as it ends
     _join(rank, folder)
     inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)
     results = {}
@@ -297,7 +301,7 @@ def _fsdp_worker(rank: int, folder: str) -> None:
             with pytest.raises(TypeError, match="must stay float32"):
                 model(inputs["features"].float())
     torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    _leave()
 
 
 def _launch(worker: object, folder: Path) -> list[dict[str, Tensor]]:
