@@ -1,4 +1,8 @@
-"""The joint objective (ETT eq. 3), L = L_cap + alpha * L_vq, and its weights."""
+"""The joint objective (ETT eq. 3), L = L_cap + alpha * L_vq, and its weights.
+
+Terms that need nothing but the model are computed here and are in the model's own loss. The perceptual and the adversarial
+term need networks of their own, which no saved model should carry: the training stage adds them (ett.train.critics).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from ett.types import Quantized
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of every term that needs no second optimizer. A term of weight 0 is not computed.
+    """Weights of every term. A term of weight 0 is not computed.
 
     Attributes:
         caption_weight: of L_cap, >= 0.
@@ -22,6 +26,10 @@ class LossConfig:
         reconstruction: pixel distance of L_rec.
         reconstruction_weight, quantization_weight: of L_rec and L_quant in L_vq, >= 0 (1).
         entropy_weight: lambda_E of L_entropy in L_vq, >= 0 (0.05).
+        perceptual: network of the perceptual distance: "lite0" (EfficientNet-Lite0, package in the extra `perceptual`),
+            "lpips_vgg" (LPIPS, needs the packages lpips and torchvision) or null for none.
+        perceptual_weight: of that distance in L_vq, >= 0 (1).
+        adversarial_weight: lambda_G of the discriminator's judgement in L_vq, >= 0 (the paper: 0.1; 0 plays no game).
         reconstruction_share: share of each batch's pictures, in (0, 1], that are decoded for L_rec while a language model
             trains beside (at least one of them; the other terms of L_vq see all). For small pictures the decoder is the
             dearest part of a step.
@@ -34,6 +42,9 @@ class LossConfig:
     reconstruction_weight: float = 1.0
     quantization_weight: float = 1.0
     entropy_weight: float = 0.05
+    perceptual: Literal["lite0", "lpips_vgg"] | None = None
+    perceptual_weight: float = 1.0
+    adversarial_weight: float = 0.0
     reconstruction_share: float = 1.0
     caption_reaches_tokenizer: bool = True
 
@@ -44,11 +55,11 @@ class LossConfig:
             "reconstruction_weight",
             "quantization_weight",
             "entropy_weight",
+            "perceptual_weight",
+            "adversarial_weight",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(
-            0 < self.reconstruction_share <= 1, "reconstruction_share", self.reconstruction_share, "in (0, 1]"
-        )
+        require(0 < self.reconstruction_share <= 1, "reconstruction_share", self.reconstruction_share, "in (0, 1]")
 
     @property
     def uses_entropy(self) -> bool:
@@ -78,7 +89,7 @@ def tokenizer_losses(
 
 
 def tokenizer_loss(losses: dict[str, Tensor], config: LossConfig) -> Tensor:
-    """L_vq, float[], from `tokenizer_losses`' terms (ETT eq. 1 without the perceptual and adversarial terms)."""
+    """L_vq, float[], from `tokenizer_losses`' terms (ETT eq. 1; the stage adds the perceptual and the adversarial term)."""
     return (
         config.reconstruction_weight * losses["reconstruction_loss"]
         + config.quantization_weight * losses["quantization_loss"]

@@ -1,8 +1,8 @@
 """Training checkpoints: atomic on disk, complete, and strict when read back.
 
 A checkpoint is a folder ``<stage>-<step>`` with ``weights.safetensors`` (the parameters that train and every buffer),
-``state.pt`` (optimizer and random states, loaded with ``weights_only``) and ``checkpoint.json`` (step, hashes). It appears
-under its name only when all of it is on the disk.
+``state.pt`` (optimizer, random states, critics and averages, loaded with ``weights_only``) and ``checkpoint.json`` (step,
+hashes). It appears under its name only when all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ett.errors import ModelError
+
+
+class Stateful(Protocol):
+    """What can be saved in a checkpoint beside the weights."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
 
 WEIGHTS, STATE, META = "weights.safetensors", "state.pt", "checkpoint.json"
 
@@ -42,9 +51,19 @@ def training_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    directory: Path, stage: str, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 2
+    directory: Path,
+    stage: str,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extras: Mapping[str, Stateful] | None = None,
+    keep: int = 2,
 ) -> Checkpoint:
-    """Write a checkpoint of `step` finished steps and drop all but the newest `keep` of this stage."""
+    """Write a checkpoint of `step` finished steps and drop all but the newest `keep` of this stage.
+
+    Args:
+        extras: what else has a state, by name: a discriminator, averages.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"{stage}-{step:07d}"
     work = directory / f".{target.name}.tmp"
@@ -52,7 +71,8 @@ def save_checkpoint(
     work.mkdir()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in training_tensors(module).items()}
     save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
-    torch.save({"optimizer": optimizer.state_dict(), "random": random_state()}, work / STATE)
+    others = {name: each.state_dict() for name, each in (extras or {}).items()}
+    torch.save({"optimizer": optimizer.state_dict(), "random": random_state(), "extras": others}, work / STATE)
     meta = {"stage": stage, "step": step, "sha256": {name: _sha256(work / name) for name in (WEIGHTS, STATE)}}
     (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     publish(work, target)
@@ -61,8 +81,13 @@ def save_checkpoint(
     return Checkpoint(target, step)
 
 
-def load_checkpoint(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, optimizer and random states back, exactly as they were.
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extras: Mapping[str, Stateful] | None = None,
+) -> None:
+    """Put weights, optimizer, random states and `extras` back, exactly as they were.
 
     Raises:
         ModelError: a damaged file, or a checkpoint of another architecture.
@@ -70,7 +95,10 @@ def load_checkpoint(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.
     _check_whole(checkpoint)
     stored = load_file(checkpoint.path / WEIGHTS)
     own = training_tensors(module)
-    if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
+    state = torch.load(checkpoint.path / STATE, weights_only=True, map_location="cpu")
+    others = state.get("extras", {})
+    same = stored.keys() == own.keys() and others.keys() == (extras or {}).keys()
+    if not same or any(stored[name].shape != own[name].shape for name in own):
         raise ModelError(
             f"{checkpoint.path} belongs to another architecture or stage than the recipe describes. Resume with the recipe "
             "that the run was started with (recipe.yaml in its folder), or start anew with --overwrite."
@@ -78,8 +106,9 @@ def load_checkpoint(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(stored[name])
-    state = torch.load(checkpoint.path / STATE, weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
+    for name, each in (extras or {}).items():
+        each.load_state_dict(others[name])
     restore_random_state(state["random"])
 
 

@@ -20,21 +20,19 @@ from transformers import PreTrainedModel
 
 from ett.data.mixture import DrawSampler, EncodedDraws, Mixture
 from ett.errors import DataError, RecipeError, UserError
-from ett.generate.fidelity import psnr
-from ett.losses.caption import supervised_columns
-from ett.losses.joint import LossConfig, reconstruction_loss, tokenizer_loss, tokenizer_losses
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.processing import Encoded, EttProcessor
 from ett.signals import noted_signals
 from ett.tokenizers import VisionTokenizer
 from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
-from ett.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from ett.train.average import WeightAverage
+from ett.train.checkpoint import Stateful, list_checkpoints, load_checkpoint, save_checkpoint
+from ett.train.critics import Critics
 from ett.train.log import RunLog
-from ett.train.optim import build_optimizer, set_learning_rates
+from ett.train.objectives import JointObjective, Losses, ObjectiveOutput, Shares, TokenizerObjective
+from ett.train.optim import build_optimizer, schedule_factor, set_learning_rates
 from ett.train.stages import StageConfig, caption_reach, check_reach, part_of, set_trainable, train_mode
 from ett.types import Batch
-
-Losses = dict[str, Tensor]
 
 FEATURES_PER_CODE = 16
 """Features that place one code: k-means over so many times K of them."""
@@ -75,79 +73,6 @@ class StageData:
     max_length: int | None = None
 
 
-@dataclass(frozen=True)
-class Shares:
-    """How a micro-batch counts in its step, so that losses of micro-batches are added and gradients of ranks averaged.
-
-    Attributes:
-        num_supervised: divisor of the summed caption loss: supervised tokens of the step / number of ranks.
-        images: this micro-batch's pictures / (pictures of the step / number of ranks).
-    """
-
-    num_supervised: float
-    images: float
-
-
-class TokenizerObjective(nn.Module):
-    """L_vq of a batch's pictures: stage 0, where there is no language model."""
-
-    def __init__(self, vision_tokenizer: VisionTokenizer) -> None:
-        super().__init__()
-        self.vision_tokenizer = vision_tokenizer
-
-    def forward(
-        self, batch: Batch, loss_config: LossConfig, shares: Shares, *, quantized: bool = True
-    ) -> tuple[Tensor, Losses]:
-        """(loss float[], terms by name); alpha plays no part where there is no other loss.
-
-        In evaluation the terms come with ``psnr`` [dB], the mean over pictures. With `quantized` False the decoder reads the
-        features, and the reconstruction is all that counts.
-        """
-        pixels = batch.pixel_values
-        if len(pixels) == 0:
-            return torch.zeros((), device=pixels.device), {}
-        tokenizer = self.vision_tokenizer
-        if quantized:
-            reconstruction, found = tokenizer(pixels, entropy=loss_config.entropy_weight > 0)
-            losses = tokenizer_losses(pixels, reconstruction, found, loss_config)
-            loss = tokenizer_loss(losses, loss_config)
-        else:
-            reconstruction = tokenizer.decode(tokenizer.encode(pixels))
-            losses = {"reconstruction_loss": reconstruction_loss(reconstruction, pixels, loss_config.reconstruction)}
-            # every rank's every parameter must take part in backward, the idle quantizer's too
-            idle = sum(parameter.sum() for parameter in tokenizer.quantize.parameters())
-            loss = loss_config.reconstruction_weight * losses["reconstruction_loss"] + 0.0 * idle
-        if not self.training:
-            pairs = zip(reconstruction.clamp(-1, 1), pixels, strict=True)
-            losses["psnr"] = torch.tensor([psnr(*pair) for pair in pairs], device=pixels.device).mean()
-        return loss * shares.images, losses
-
-
-class JointObjective(nn.Module):
-    """L_cap + alpha * L_vq of a batch: every stage that has a language model."""
-
-    def __init__(self, model: EttForConditionalGeneration) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, loss_config: LossConfig, shares: Shares) -> tuple[Tensor, Losses]:
-        """(loss float[], terms by name); the head runs on supervised positions alone."""
-        output = self.model(
-            input_ids=batch.input_ids,
-            pixel_values=batch.pixel_values,
-            attention_mask=batch.attention_mask,
-            labels=batch.labels,
-            logits_to_keep=supervised_columns(batch.labels),
-            num_items_in_batch=shares.num_supervised,
-            tokenizer_share=shares.images,
-            loss_config=loss_config,
-            use_cache=False,
-        )
-        assert output.loss is not None
-        assert output.losses is not None
-        return output.loss, output.losses
-
-
 class Stage:
     """One stage from its first step, or from its last checkpoint, to its end."""
 
@@ -181,18 +106,35 @@ class Stage:
         self.step = 0
         self.objective: nn.Module
         self.objective, self.optimizer = accelerator.prepare(objective, build_optimizer(parts, config.optimizer))
+        self.critics: Critics | None = None
+        if Critics.wanted(self.losses):
+            rates = config.optimizer.learning_rates
+            peak = rates.get("vision_tokenizer", config.optimizer.learning_rate)
+            self.critics = Critics(self.losses, config.discriminator, peak, accelerator)
+        self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
+
+    @property
+    def _extras(self) -> dict[str, Stateful]:
+        """What a checkpoint holds beside weights, optimizer and random states."""
+        extras: dict[str, Stateful] = {}
+        if self.critics is not None:
+            extras["critics"] = self.critics
+        if self.average is not None:
+            extras["average"] = self.average
+        return extras
 
     def resume(self) -> None:
         """Continue from this stage's newest checkpoint, if there is one."""
         found = list_checkpoints(self.checkpoints, self.name)
         if found:
-            load_checkpoint(found[-1], self.model, self.optimizer.optimizer)
+            load_checkpoint(found[-1], self.model, self.optimizer.optimizer, self._extras)
             self.step = found[-1].step
 
     def save(self) -> None:
         """Write a checkpoint of the steps finished so far."""
         if self.accelerator.is_main_process:
-            save_checkpoint(self.checkpoints, self.name, self.step, self.model, self.optimizer.optimizer)
+            optimizer = self.optimizer.optimizer
+            save_checkpoint(self.checkpoints, self.name, self.step, self.model, optimizer, self._extras)
         self.accelerator.wait_for_everyone()
 
     def run(self) -> None:
@@ -237,22 +179,30 @@ class Stage:
                     raise Interrupted(self.step, received[0] if received else signal.SIGTERM)
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not last:
                     self.save()
+        if self.average is not None:
+            self.average.apply()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Every loss term on the validation examples, by the names used in training; random states are left alone."""
+        """Every loss term on the validation examples, by the names used in training; random states are left alone.
+
+        Where weights are averaged, the average is measured: it is what the stage ends with.
+        """
         if not self.data.validation:
             return {}
         self.objective.eval()
         totals: dict[str, float] = {}
         weight = 0.0
-        for start in range(0, len(self.data.validation), self.micro_batch):
-            batch = self._collate(list(self.data.validation[start : start + self.micro_batch]))
-            tokens = float(max(1, batch.num_supervised))
-            loss, losses = self._losses(batch, Shares(tokens, 1.0))
-            for name, value in {"loss": loss, **losses}.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * tokens
-            weight += tokens
+        with nullcontext() if self.average is None else self.average.applied():
+            for start in range(0, len(self.data.validation), self.micro_batch):
+                batch = self._collate(list(self.data.validation[start : start + self.micro_batch]))
+                tokens = float(max(1, batch.num_supervised))
+                loss, losses, reconstruction = self._objective(batch, Shares(tokens, 1.0))
+                if self.critics is not None and reconstruction is not None:
+                    losses |= self.critics.measure(reconstruction, batch.pixel_values, self.step)
+                for name, value in {"loss": loss, **losses}.items():
+                    totals[name] = totals.get(name, 0.0) + float(value) * tokens
+                weight += tokens
         if isinstance(self.model, VisionTokenizer):
             self.model.train()
         else:
@@ -295,14 +245,29 @@ class Stage:
         set_learning_rates(self.optimizer.optimizer, self.config.optimizer, self.step, self.config.steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.critics is not None:
+            self.critics.step(schedule_factor(self.config.optimizer, self.step, self.config.steps))
+        if self.average is not None:
+            self.average.update()
         if world > 1:
             totals = {name: self.accelerator.reduce(value, reduction="mean") for name, value in totals.items()}
         return totals, norm_value
 
     def _losses(self, batch: Batch, shares: Shares) -> tuple[Tensor, Losses]:
+        """(loss float[], terms by name) of a micro-batch in training; the critics join, and learn."""
+        loss, losses, reconstruction = self._objective(batch, shares)
+        if self.critics is None or reconstruction is None:
+            return loss, losses
+        pixels = batch.pixel_values[: len(reconstruction)]
+        heard, terms = self.critics.judge(reconstruction, pixels, self.step)
+        losses |= self.critics.learn(reconstruction, pixels, shares.images)
+        alpha = 1.0 if isinstance(self.model, VisionTokenizer) else self.losses.tokenizer_weight
+        return loss + alpha * shares.images * heard, losses | terms
+
+    def _objective(self, batch: Batch, shares: Shares) -> ObjectiveOutput:
         quantizes_later = {"quantized": self.step >= self.config.quantize_after} if self.config.quantize_after else {}
-        result: tuple[Tensor, Losses] = self.objective(batch, self.losses, shares, **quantizes_later)
-        return result
+        output: ObjectiveOutput = self.objective(batch, self.losses, shares, **quantizes_later)
+        return output
 
     @torch.no_grad()
     def _place_codes(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ett.config import require
 from ett.data.mixture import SourceConfig
 from ett.errors import RecipeError
+from ett.losses.adversarial import DiscriminatorConfig
 from ett.losses.caption import supervised_columns
 from ett.losses.joint import LossConfig
 from ett.model.ett import EttForConditionalGeneration
@@ -51,6 +52,9 @@ class StageConfig:
         checkpoint_every: steps between checkpoints; null saves at the end of the stage and on interruption alone.
         quantize_after: steps of the tokenizer stage in which the decoder reads the features themselves; then k-means over the
             features places the codes, and quantization begins. 0 quantizes from the start, with the codebook as it is.
+        discriminator: of the adversarial term, where `losses.adversarial_weight` is above 0.
+        ema_decay: average the weights that train with this decay, in [0, 1); the average is validated and is what the stage
+            ends with. null ends with the weights themselves.
         gradient_checkpointing: trade compute for memory in the language model.
     """
 
@@ -67,6 +71,8 @@ class StageConfig:
     log_every: int = 10
     checkpoint_every: int | None = 200
     quantize_after: int = 0
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    ema_decay: float | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +86,7 @@ class StageConfig:
             raise RecipeError(
                 "quantize_after belongs to the tokenizer stage: only there may a codebook be placed anew."
             )
+        require(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1), or null")
         if self.trains is not None:
             require(len(self.trains) >= 1, "trains", self.trains, "a non-empty list of parts")
             if self.stage == "tokenizer" and self.trains != ("vision_tokenizer",):
@@ -144,7 +151,9 @@ class Reach:
 def _probes(model: EttForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
     """One parameter for each place that a stage trains or freezes."""
     yield "encoder", model.vision_tokenizer.encoder_output
-    yield "codebook", next(model.vision_tokenizer.quantize.parameters())
+    codebook = next(model.vision_tokenizer.quantize.parameters(), None)
+    if codebook is not None:  # a codebook fixed by rule (FSQ, LFQ) has nothing to train
+        yield "codebook", codebook
     yield "projector", next(model.projector.parameters())
     # of an adapter the factor that starts at 0: the other one gets no gradient until this has moved
     adapters = (p for name, p in model.language_model.named_parameters() if ".lora_B" in name)
@@ -189,6 +198,8 @@ def check_reach(reach: Reach, stage: StageConfig, visual_input: str) -> None:
         "language_model": "language_model" in stage.parts,
     }
     for name, wanted in expected.items():
+        if name == "codebook" and name not in reach.norms:
+            continue
         assert (reach.norms[name] > 0) == wanted, (
             f"stage {stage.stage}: the caption loss {'does not reach' if wanted else 'reaches'} the {name} "
             f"(gradient norms {reach.norms})"

@@ -1,0 +1,105 @@
+"""What a stage minimises, as one module that DDP can wrap: the terms that need nothing but the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ett.generate.fidelity import psnr
+from ett.losses.caption import supervised_columns
+from ett.losses.joint import LossConfig, reconstruction_loss, tokenizer_loss, tokenizer_losses
+from ett.model.ett import EttForConditionalGeneration
+from ett.tokenizers import VisionTokenizer
+from ett.types import Batch
+
+Losses = dict[str, Tensor]
+
+
+class ObjectiveOutput(NamedTuple):
+    """What an objective's forward gives; a tuple, for wrappers look for tensors in it.
+
+    Attributes:
+        loss: float[], of this micro-batch's share of the step.
+        losses: every term by name, unweighted, float[] each.
+        reconstruction: float[R, 3, H, W], about [-1, 1], of the first R pictures, or None where nothing was decoded.
+    """
+
+    loss: Tensor
+    losses: Losses
+    reconstruction: Tensor | None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a micro-batch counts in its step, so that losses of micro-batches are added and gradients of ranks averaged.
+
+    Attributes:
+        num_supervised: divisor of the summed caption loss: supervised tokens of the step / number of ranks.
+        images: this micro-batch's pictures / (pictures of the step / number of ranks).
+    """
+
+    num_supervised: float
+    images: float
+
+
+class TokenizerObjective(nn.Module):
+    """L_vq of a batch's pictures without the critics' terms: stage 0, where there is no language model."""
+
+    def __init__(self, vision_tokenizer: VisionTokenizer) -> None:
+        super().__init__()
+        self.vision_tokenizer = vision_tokenizer
+
+    def forward(
+        self, batch: Batch, loss_config: LossConfig, shares: Shares, *, quantized: bool = True
+    ) -> ObjectiveOutput:
+        """The loss is L_vq; alpha plays no part where there is no other loss.
+
+        In evaluation the terms come with ``psnr`` [dB], the mean over pictures. With `quantized` False the decoder reads the
+        features, and the reconstruction is all that counts.
+        """
+        pixels = batch.pixel_values
+        if len(pixels) == 0:
+            return ObjectiveOutput(torch.zeros((), device=pixels.device), {}, None)
+        tokenizer = self.vision_tokenizer
+        if quantized:
+            reconstruction, found = tokenizer(pixels, entropy=loss_config.entropy_weight > 0)
+            losses = tokenizer_losses(pixels, reconstruction, found, loss_config)
+            loss = tokenizer_loss(losses, loss_config)
+        else:
+            reconstruction = tokenizer.decode(tokenizer.encode(pixels))
+            losses = {"reconstruction_loss": reconstruction_loss(reconstruction, pixels, loss_config.reconstruction)}
+            # every rank's every parameter must take part in backward, the idle quantizer's too
+            idle = sum(parameter.sum() for parameter in tokenizer.quantize.parameters())
+            loss = loss_config.reconstruction_weight * losses["reconstruction_loss"] + 0.0 * idle
+        if not self.training:
+            pairs = zip(reconstruction.clamp(-1, 1), pixels, strict=True)
+            losses["psnr"] = torch.tensor([psnr(*pair) for pair in pairs], device=pixels.device).mean()
+        return ObjectiveOutput(loss * shares.images, losses, reconstruction)
+
+
+class JointObjective(nn.Module):
+    """L_cap + alpha * L_vq of a batch: every stage that has a language model."""
+
+    def __init__(self, model: EttForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, loss_config: LossConfig, shares: Shares) -> ObjectiveOutput:
+        """The loss is the model's own; the head runs on supervised positions alone."""
+        output = self.model(
+            input_ids=batch.input_ids,
+            pixel_values=batch.pixel_values,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            logits_to_keep=supervised_columns(batch.labels),
+            num_items_in_batch=shares.num_supervised,
+            tokenizer_share=shares.images,
+            loss_config=loss_config,
+            use_cache=False,
+        )
+        assert output.loss is not None
+        assert output.losses is not None
+        return ObjectiveOutput(output.loss, output.losses, output.reconstruction)
