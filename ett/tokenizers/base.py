@@ -40,7 +40,8 @@ class VisionTokenizer(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        VisionTokenizer.registry[cls.tokenizer_type] = cls
+        if "tokenizer_type" in cls.__dict__:  # others are abstract
+            VisionTokenizer.registry[cls.tokenizer_type] = cls
 
     # -- what a subclass implements ------------------------------------------------------------------------------------
 

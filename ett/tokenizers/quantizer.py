@@ -25,6 +25,7 @@ KMEANS_ROUNDS = 10
 """Lloyd iterations of `IndexBackpropagationQuantizer.place_codes`."""
 
 Similarity = Literal["dot", "distance"]
+Gradient = Literal["index_backprop", "straight_through"]
 
 
 class Quantizer(nn.Module, ABC):
@@ -36,7 +37,10 @@ class Quantizer(nn.Module, ABC):
     @property
     @abstractmethod
     def codebook(self) -> Tensor:
-        """float32[K, D], the embeddings that indices stand for; differentiable where the codebook is trained."""
+        """float32[K, D], the embeddings that indices stand for; differentiable where the codebook is trained.
+
+        A trained codebook is the quantizer's parameter; a quantizer without parameters has a codebook fixed by rule.
+        """
 
     @abstractmethod
     def forward(self, features: Tensor, entropy: bool = True) -> Quantized:
@@ -74,8 +78,13 @@ class IndexBackpropagationQuantizer(Quantizer):
         normalize: compare and return l2-normalised codes; the logits are then ``s * cos(z, e)`` with a learned scale s.
         entropy_temperature: T of the entropy term, > 0.
         similarity: what a logit is, ``"dot"``: z . e, as in the paper, or ``"distance"``: -|z - e|^2 / u, so that the index is
-            always the nearest code's. The unit u is the mean squared distance to the nearest code when `place_codes` was
-            last called (1 before), so that temperatures mean the same at every scale of the features.
+            always the nearest code's. The unit u is the mean squared distance to the nearest code when `place_codes` or
+            `fit_unit` was last called (1 before), so that temperatures mean the same at every scale of the features.
+        gradient: of the embeddings. ``"index_backprop"``: IBQ's, through the softmax over all codes.
+            ``"straight_through"``: ``E[k] + z - sg(z)``, the identity to the features and to the chosen code; L_quant then
+            has no soft term and is VQ-VAE's, ``mean((sg(E[k]) - z)^2) + 0.25 * mean((E[k] - sg(z))^2)``.
+        unit_embeddings: search among the codes as they are, return them l2-normalised (the Janus tokenizer of transformers);
+            `normalize` normalises both.
     """
 
     def __init__(
@@ -87,6 +96,8 @@ class IndexBackpropagationQuantizer(Quantizer):
         normalize: bool = False,
         entropy_temperature: float = 0.01,
         similarity: Similarity = "dot",
+        gradient: Gradient = "index_backprop",
+        unit_embeddings: bool = False,
     ) -> None:
         super().__init__()
         require(codebook_size >= 2, "codebook_size", codebook_size, "at least 2")
@@ -97,7 +108,10 @@ class IndexBackpropagationQuantizer(Quantizer):
         require(
             not (normalize and similarity == "distance"), "similarity", similarity, '"dot" where codes are normalised'
         )
+        require(gradient in get_args(Gradient), "gradient", gradient, f"one of {get_args(Gradient)}")
         self.similarity = similarity
+        self.gradient = gradient
+        self.unit_embeddings = unit_embeddings
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
         self.temperature = temperature
@@ -113,6 +127,11 @@ class IndexBackpropagationQuantizer(Quantizer):
 
     @property
     def codebook(self) -> Tensor:
+        codes = self._codes()
+        return F.normalize(codes, dim=1) if self.unit_embeddings else codes
+
+    def _codes(self) -> Tensor:
+        """float32[K, D]: what features are compared with."""
         weight: Tensor = self.embedding.weight
         if weight.dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -132,17 +151,24 @@ class IndexBackpropagationQuantizer(Quantizer):
             ValueError: the features' channels are not D.
         """
         with torch.autocast(features.device.type, enabled=False):
-            codebook = self.codebook
             z = self._rows(features)
             distributed = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
             # the query already carries 1 / temperature: the entropy softmax is of l / T, whatever the index softmax's is
             entropy_temperature = self.entropy_temperature / self.temperature if entropy else None
-            found = index_backprop(self._query(z), self._keys(codebook), entropy_temperature, all_ranks=distributed)
-            soft, hard = found.soft[:, : self.codebook_dim], found.hard[:, : self.codebook_dim]
-            quantization_loss = F.mse_loss(soft, z) + F.mse_loss(hard.detach(), z) + BETA * F.mse_loss(hard, z.detach())
+            found = index_backprop(self._query(z), self._keys(), entropy_temperature, all_ranks=distributed)
+            codes = slice(0, self.codebook_dim)
+            values = slice(-self.codebook_dim, None) if self.unit_embeddings else codes
+            hard = found.hard[:, codes]
+            commitment = F.mse_loss(hard.detach(), z)
+            if self.gradient == "index_backprop":
+                embeddings = found.soft[:, values]
+                commitment = F.mse_loss(found.soft[:, codes], z) + commitment
+            else:
+                embeddings = found.hard[:, values] + (z - z.detach())
+            quantization_loss = commitment + BETA * F.mse_loss(hard, z.detach())
         batch, _, height, width = features.shape
         return Quantized(
-            embeddings=soft.view(batch, height, width, -1).permute(0, 3, 1, 2),
+            embeddings=embeddings.view(batch, height, width, -1).permute(0, 3, 1, 2),
             indices=found.indices.view(batch, height, width),
             quantization_loss=quantization_loss,
             entropy_loss=found.entropy,
@@ -153,8 +179,28 @@ class IndexBackpropagationQuantizer(Quantizer):
     def nearest(self, features: Tensor) -> Tensor:
         batch, _, height, width = features.shape
         with torch.autocast(features.device.type, enabled=False):
-            found = nearest_logit(self._query(self._rows(features)), self._keys(self.codebook))
+            found = nearest_logit(self._query(self._rows(features)), self._keys())
         return found.view(batch, height, width)
+
+    @torch.no_grad()
+    def fit_unit(self, features: Tensor) -> float:
+        """Measure the unit of `similarity` "distance" on features of a codebook that is kept, in place.
+
+        Args:
+            features: float[I, D, h, w] of a few pictures.
+
+        Returns:
+            The mean squared distance of a feature to its nearest code, >= 0.
+
+        Raises:
+            ValueError: the similarity is "dot", which has no unit.
+        """
+        if self.distance_unit is None:
+            raise ValueError('similarity "dot" has no unit to fit; it belongs to similarity "distance".')
+        with torch.autocast(features.device.type, enabled=False):
+            distance = _mean_distance(self._rows(features), self._codes())
+        self.distance_unit.copy_(distance.clamp(min=1e-6))
+        return float(distance)
 
     @torch.no_grad()
     def place_codes(self, features: Tensor, seed: int = 0) -> float:
@@ -183,7 +229,7 @@ class IndexBackpropagationQuantizer(Quantizer):
             spare = rows[torch.randint(len(rows), (self.codebook_size,), generator=generator).to(rows.device)]
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], spare)
             codes = F.normalize(codes, dim=1) if self.normalize else codes
-        distance = (rows - codes[nearest_logit(*_as_dot(rows, codes))]).pow(2).sum(dim=1).mean()
+        distance = _mean_distance(rows, codes)
         self.embedding.weight.copy_(codes)
         if self.distance_unit is not None:
             self.distance_unit.copy_(distance.clamp(min=1e-6))
@@ -200,13 +246,19 @@ class IndexBackpropagationQuantizer(Quantizer):
         return F.normalize(rows, dim=1) if self.normalize else rows
 
     def _query(self, z: Tensor) -> Tensor:
+        """float[N, Q]: its dot product with `_keys` is the logit / temperature."""
         if self.distance_unit is not None:
-            return _distance_query(z) / (self.distance_unit * self.temperature)
-        scale: Any = 1.0 if self.log_scale is None else self.log_scale.exp()
-        return z * (scale / self.temperature)
+            query = _distance_query(z) / (self.distance_unit * self.temperature)
+        else:
+            scale: Any = 1.0 if self.log_scale is None else self.log_scale.exp()
+            query = z * (scale / self.temperature)
+        return torch.cat([query, torch.zeros_like(z)], dim=1) if self.unit_embeddings else query
 
-    def _keys(self, codebook: Tensor) -> Tensor:
-        return codebook if self.distance_unit is None else _distance_keys(codebook)
+    def _keys(self) -> Tensor:
+        """float[K, Q]: the codes in the first D columns; unit embeddings in the last D, which the query meets with zeros."""
+        codes = self._codes()
+        keys = codes if self.distance_unit is None else _distance_keys(codes)
+        return torch.cat([keys, F.normalize(codes, dim=1)], dim=1) if self.unit_embeddings else keys
 
 
 def _distance_query(z: Tensor) -> Tensor:
@@ -220,3 +272,8 @@ def _distance_keys(codes: Tensor) -> Tensor:
 
 def _as_dot(z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return _distance_query(z), _distance_keys(codes)
+
+
+def _mean_distance(rows: Tensor, codes: Tensor) -> Tensor:
+    """float[]: mean squared distance of float[N, D] rows to the nearest of float[K, D] codes."""
+    return (rows - codes[nearest_logit(*_as_dot(rows, codes))]).pow(2).sum(dim=1).mean()

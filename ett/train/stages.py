@@ -151,8 +151,9 @@ class Reach:
 def _probes(model: EttForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
     """One parameter for each place that a stage trains or freezes."""
     yield "encoder", model.vision_tokenizer.encoder_output
-    codebook = next(model.vision_tokenizer.quantize.parameters(), None)
-    if codebook is not None:  # a codebook fixed by rule (FSQ, LFQ) has nothing to train
+    # a codebook fixed by rule (FSQ, LFQ) has nothing to train; a table may have a learned scale beside it
+    codebook = max(model.vision_tokenizer.quantize.parameters(), key=Tensor.numel, default=None)
+    if codebook is not None:
         yield "codebook", codebook
     yield "projector", next(model.projector.parameters())
     # of an adapter the factor that starts at 0: the other one gets no gradient until this has moved
