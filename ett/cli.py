@@ -165,6 +165,39 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("report", _report, "write a run's report.html", "ett report runs/demo")
     sub.add_argument("run", metavar="RUN", type=Path, help="a folder written by ett train, ett ablate or ett demo")
 
+    sub = add(
+        "import-tokenizer",
+        _import_tokenizer,
+        "read another project's vision tokenizer: SEED-Voken, Emu3.5, diffusers (docs/checkpoints.md)",
+        "ett import-tokenizer Emu3.5-VisionTokenizer tokenizers/emu",
+    )
+    sub.add_argument("source", metavar="SRC", type=Path, help="a checkpoint's file or folder; its layout is detected")
+    sub.add_argument("destination", metavar="DST", type=Path, help="a folder for the imported tokenizer")
+    sub.add_argument(
+        "--raw", action="store_true", help="the raw weights (default: their average, EMA, where there is one)"
+    )
+    sub.add_argument("--config", metavar="FILE", type=Path, help="its configuration, if not beside the weights")
+    sub.add_argument(
+        "--norm-groups",
+        type=_positive,
+        help="groups of every GroupNorm, which no tensor shows (default: the reference's 32)",
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace the tokenizer in DST")
+
+    sub = add(
+        "export-tokenizer",
+        _export_tokenizer,
+        "write a vision tokenizer for another project to read",
+        "ett export-tokenizer runs/mine tuned --layout emu3.5",
+    )
+    sub.add_argument("source", metavar="SRC", type=Path, help="a saved tokenizer, a saved model or a run's folder")
+    sub.add_argument("destination", metavar="DST", type=Path, help="a folder, or a .ckpt file for seed-voken")
+    sub.add_argument("--layout", required=True, help="seed-voken, emu3.5 or diffusers")
+    sub.add_argument(
+        "--dtype", default="float32", help="float32 (default), bfloat16 or float16, where it rounds nothing"
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace the tokenizer in DST")
+
     sub = add("prepare", _prepare, "fetch a language model into the cache ahead of time", "ett prepare smollm2")
     sub.add_argument("name", choices=["smollm2"])
     return parser
@@ -363,6 +396,40 @@ def _report(arguments: argparse.Namespace) -> int:
 
     _quiet_libraries()
     print(write_comparison_report(arguments.run) if is_comparison(arguments.run) else write_report(arguments.run))
+    return 0
+
+
+def _import_tokenizer(arguments: argparse.Namespace) -> int:
+    from ett.tokenizers.layouts import import_tokenizer
+
+    report = import_tokenizer(
+        arguments.source,
+        arguments.destination,
+        raw=arguments.raw,
+        config=arguments.config,
+        norm_groups=arguments.norm_groups,
+        overwrite=arguments.overwrite,
+    )
+    print(report)
+    return 0
+
+
+def _export_tokenizer(arguments: argparse.Namespace) -> int:
+    from ett.experiments.run import resolve_model_folder
+    from ett.model.loading import load_vision_tokenizer
+    from ett.tokenizers.layouts import export_tokenizer
+
+    _quiet_libraries()
+    folder = resolve_model_folder(arguments.source)
+    report = export_tokenizer(
+        load_vision_tokenizer(folder),
+        arguments.destination,
+        arguments.layout,
+        dtype=arguments.dtype,
+        source=folder,
+        overwrite=arguments.overwrite,
+    )
+    print(report)
     return 0
 
 
