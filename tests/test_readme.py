@@ -42,7 +42,7 @@ def test_links_and_commands_exist() -> None:
     from ett.cli import build_parser
 
     (commands,) = [a for a in build_parser()._actions if isinstance(a.choices, dict)]
-    for command in re.findall(r"^ett (\w+)", README, flags=re.MULTILINE):
+    for command in re.findall(r"^ett ([\w-]+)", README, flags=re.MULTILINE):
         assert command in commands.choices  # type: ignore[operator]
 
 
