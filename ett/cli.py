@@ -125,10 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--initial", metavar="MODEL", type=Path, help="model or tokenizer before tuning, to measure the drift from"
     )
     sub.add_argument("--data", metavar="MANIFEST.jsonl", type=Path, help="your own pictures (docs/data.md)")
-    sub.add_argument(
-        "--image-root", metavar="DIR", type=Path, help="a folder outside the manifest's whose pictures may be read"
-    )
-    sub.add_argument("--split", help="of the built-in data: validation (default), or heldout for all final ones")
+    _add_source_options(sub)
     sub.add_argument("--limit", type=_positive, help="examples of each source")
     sub.add_argument("--batch-size", type=_positive, default=16)
     sub.add_argument("--max-new-tokens", type=_positive, default=64, help="where answers stop at the latest")
@@ -164,6 +161,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = add("report", _report, "write a run's report.html", "ett report runs/demo")
     sub.add_argument("run", metavar="RUN", type=Path, help="a folder written by ett train, ett ablate or ett demo")
+
+    sub = add(
+        "tokenizer-report",
+        _tokenizer_report,
+        "compare vision tokenizers on the same pictures (docs/tokenizer_report.md)",
+        "ett tokenizer-report reader_64px runs/mine --data mine.jsonl --out reports/tokenizers",
+    )
+    sub.add_argument(
+        "tokenizers", metavar="TOKENIZER", nargs="+", help="saved tokenizers or models, runs, shipped names"
+    )
+    sub.add_argument(
+        "--data",
+        metavar="NAMES|MANIFEST",
+        help="names, questions, drawn_text, manifests (docs/data.md), comma-separated (default: names,drawn_text)",
+    )
+    _add_source_options(sub)
+    sub.add_argument("--limit", type=_positive, help="examples of each source (default: 400; of a manifest, all)")
+    sub.add_argument("--batch-size", type=_positive, default=16)
+    sub.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/tokenizers"), help="default: %(default)s")
+    sub.add_argument("--overwrite", action="store_true", help="replace the tokenizer report in --out")
 
     sub = add(
         "import-tokenizer",
@@ -219,6 +236,13 @@ def _add_comparison_options(sub: argparse.ArgumentParser) -> None:
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", type=Path, help="a folder written by ett train or save_pretrained")
+
+
+def _add_source_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--image-root", metavar="DIR", type=Path, help="a folder outside the manifest's whose pictures may be read"
+    )
+    sub.add_argument("--split", help="of the built-in data: validation (default), or heldout for all final ones")
 
 
 def _positive(text: str) -> int:
@@ -396,6 +420,29 @@ def _report(arguments: argparse.Namespace) -> int:
 
     _quiet_libraries()
     print(write_comparison_report(arguments.run) if is_comparison(arguments.run) else write_report(arguments.run))
+    return 0
+
+
+def _tokenizer_report(arguments: argparse.Namespace) -> int:
+    from ett.evaluate.sources import named_sources
+    from ett.evaluate.tokenizer_report import labels, write_tokenizer_report
+    from ett.experiments.run import resolve_model_folder
+    from ett.model.loading import find_weights
+
+    _quiet_libraries()
+    given = [name.strip() for name in arguments.data.split(",")] if arguments.data else []
+    folders = [resolve_model_folder(find_weights(name)) for name in arguments.tokenizers]
+    path, notes = write_tokenizer_report(
+        dict(zip(labels(arguments.tokenizers), folders, strict=True)),
+        named_sources(given, arguments.split, arguments.image_root),
+        arguments.out,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        overwrite=arguments.overwrite,
+    )
+    for note in notes:
+        print(f"ett: {note}", file=sys.stderr)
+    print(path)
     return 0
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import PIL.Image
 
 from ett.evaluate.charts import Point, Series, line_chart
-from ett.evaluate.html import embedded, finite, folded, safe, spread, table, titled
+from ett.evaluate.html import compared, finite, folded, safe, spread, table, titled
 from ett.evaluate.metrics import exact_match
 from ett.evaluate.page import DESCRIPTIONS
 from ett.evaluate.verdict import arm_title, capital
@@ -20,8 +20,6 @@ START = "start"
 """What the reconstructions of the common start are filed under; the other labels are arms."""
 CURVE_POINTS = 30
 """A training curve's points: each is a mean over as many steps as that takes."""
-MAX_SIZE = 256
-"""Longest side of a picture on the page [pixels]."""
 FACTORS = (1, 2, 4, 8, 16)
 """By which a difference of pictures can be made visible."""
 NUM_SAMPLES = 6
@@ -171,14 +169,7 @@ def _row(picture: ComparedPicture, change: npt.NDArray[np.int16] | None, referen
     if change is not None:
         amplified = PIL.Image.fromarray(np.clip(change * factor, 0, 255).astype(np.uint8))
         cells.append(([f"start against {arm_title(reference)}, ×{factor}"], amplified))
-    thumbs = []
-    for labels, image in cells:
-        alternative = f"{picture.caption}: {', '.join(labels)}"
-        thumbs.append(f"<div><span>{'<br>'.join(map(safe, labels))}</span>{embedded(_small(image), alternative)}</div>")
-    return (
-        f'<figure class="compared"><figcaption>{safe(picture.caption)}</figcaption>'
-        f'<div class="thumbs" style="--columns: {len(cells)}">{"".join(thumbs)}</div></figure>'
-    )
+    return compared(picture.caption, cells)
 
 
 def _change(picture: ComparedPicture, reference: str) -> npt.NDArray[np.int16] | None:
@@ -200,12 +191,6 @@ def _factor(changes: Sequence[npt.NDArray[np.int16]]) -> int:
 
 def _equal(first: PIL.Image.Image, second: PIL.Image.Image) -> bool:
     return first.size == second.size and first.mode == second.mode and first.tobytes() == second.tobytes()
-
-
-def _small(image: PIL.Image.Image) -> PIL.Image.Image:
-    smaller = image.copy()
-    smaller.thumbnail((MAX_SIZE, MAX_SIZE))
-    return smaller
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ett.evaluate.charts import Row, forest_plot
-from ett.evaluate.html import duration, folded, safe, table, titled
-from ett.evaluate.page import DESCRIPTIONS, HIGHER
+from ett.evaluate.html import duration, folded, safe, table
+from ett.evaluate.metric_cells import metric_cells, metric_head
+from ett.evaluate.page import DESCRIPTIONS
 from ett.evaluate.verdict import (
     INTERVAL,
     Finding,
@@ -206,27 +207,8 @@ def _head(columns: Mapping[str, Any]) -> list[str]:
 def _metric_row(
     metric: str, columns: Mapping[str, Mapping[str, Any]], arms: Sequence[str], title: str = "", places: int = -1
 ) -> list[str]:
-    label, unit, way = DESCRIPTIONS.get(metric.rpartition(".")[2], (titled(metric.rpartition(".")[2]), "", ""))
     found = {column: figure(metrics, metric) for column, metrics in columns.items()}
-    places = decimals(*map(interval_of, found.values())) if places < 0 else places
-    values = {column: value_of(each) for column, each in found.items()}
-    measured = [value for arm, value in values.items() if arm in arms and value is not None]
-    starred = ""
-    if way and len({fixed(value, places) for value in measured}) > 1:
-        # what reads the same is the same: no star for a digit that is not shown
-        starred = fixed(max(measured) if way == HIGHER else min(measured), places)
-    cells = []
-    for column, each in found.items():
-        text, interval = fixed(values[column], places), interval_of(each)
-        if column in arms and text == starred:
-            text = f'<span class="best" title="best of the arms">★ {text}</span>'
-        if interval is not None and interval[0] < interval[1]:
-            text += f'<br><span class="unit">{fixed(interval[0], places)} to {fixed(interval[1], places)}</span>'
-        cells.append(text)
-    sizes = {int(each.get("num_examples") or 0) for each in found.values()} - {0}
-    size = f"n\u00a0=\u00a0{max(sizes)}" if len(sizes) == 1 else ""
-    notes = ", ".join(part for part in (unit, way, size) if part)
-    return [safe(capital(title) or label) + (f'<br><span class="unit">{safe(notes)}</span>' if notes else ""), *cells]
+    return [metric_head(metric, found.values(), title), *metric_cells(metric, found, arms, places).values()]
 
 
 # -- differences -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ import PIL.Image
 
 T = TypeVar("T")
 
+MAX_SIZE = 256
+"""Longest side of a picture among others on a page [pixels]."""
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -46,6 +49,20 @@ def embedded(image: PIL.Image.Image, alternative: str) -> str:
     image.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{safe(alternative)}">'
+
+
+def compared(caption: str, cells: Sequence[tuple[Sequence[str], PIL.Image.Image]]) -> str:
+    """One picture in several versions side by side: (names, picture) each, at most `MAX_SIZE` large. All texts are plain."""
+    thumbs = []
+    for labels, image in cells:
+        small = image.copy()
+        small.thumbnail((MAX_SIZE, MAX_SIZE))
+        alternative = f"{caption}: {', '.join(labels)}"
+        thumbs.append(f"<div><span>{'<br>'.join(map(safe, labels))}</span>{embedded(small, alternative)}</div>")
+    return (
+        f'<figure class="compared"><figcaption>{safe(caption)}</figcaption>'
+        f'<div class="thumbs" style="--columns: {len(cells)}">{"".join(thumbs)}</div></figure>'
+    )
 
 
 def folded(title: str, content: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ett.errors import UserError
 from ett.evaluate.charts import Series, line_chart, number
+from ett.evaluate.health_charts import health_charts
 from ett.evaluate.html import duration, embedded, finite, folded, safe, spread, table, titled, words
 from ett.evaluate.metrics import exact_match
 from ett.evaluate.page import DESCRIPTIONS, page
@@ -89,6 +90,7 @@ def render(facts: RunFacts, pictures: Pictures) -> str:
         ("Answers", "".join(_samples(name, content) for name, content in facts.evaluations.items())),
         ("Pictures through the tokenizer", _pictures(pictures)),
         ("Losses", "".join(_stage_charts(facts, stage) for stage in facts.stage_names)),
+        ("Health of the tokenizer", "".join(health_charts(facts, stage) for stage in facts.stage_names)),
         ("Where the caption loss reaches", _reach_table(facts)),
         ("Recipe", folded(RECIPE_NAME, f"<pre>{safe(facts.recipe_text)}</pre>")),
     ]

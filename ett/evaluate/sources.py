@@ -64,6 +64,35 @@ def _named(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConfig]]:
     return list(named.items())
 
 
+def named_sources(given: Sequence[str], split: str | None = None, image_root: str | Path | None = None) -> NamedSources:
+    """Sources by name: "names", "questions", "drawn_text", or a manifest's path.
+
+    Args:
+        given: names and paths; none stands for "names" and "drawn_text" ("questions" shows the pictures of "names" again).
+        split: of the built-in ones: validation where it is None, or heldout for every one that nothing is tuned on.
+        image_root: a folder outside the manifests' whose pictures may be read.
+
+    Raises:
+        DataError: an unknown name or split, a split for manifests alone, two sources of one name, or a manifest that cannot be
+            used.
+    """
+    builtin: dict[str, SourceConfig] = {config.source: config for config in BUILTIN}
+    names = [name for name in given if name in builtin] if given else ["names", "drawn_text"]
+    if split is not None and not names:
+        raise DataError("A manifest has no splits: leave the split out, or name built-in data too.")
+    found = builtin_sources(split or "validation", [builtin[name] for name in dict.fromkeys(names)]) if names else []
+    for path in given:
+        if path in builtin:
+            continue
+        if not Path(path).exists() and Path(path).suffix != ".jsonl":
+            raise DataError(f"{unknown('data', path, builtin)} Or give the path of a manifest (.jsonl).")
+        found += manifest_source(path, image_root)
+    twice = {name for name, _ in found if sum(name == other for other, _ in found) > 1}
+    if twice:
+        raise DataError(f"Two sources have the name {min(twice)!r}. Rename one of the files, or leave one out.")
+    return found
+
+
 def manifest_source(path: str | Path, image_root: str | Path | None = None) -> NamedSources:
     """The manifest alone, under its file's name; `image_root` is a folder outside its own whose pictures may be read.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ett import __version__
 from ett.errors import ModelError, RecipeError
 from ett.experiments.recipe import Recipe, dump_recipe, load_recipe
+from ett.train.health import HealthConfig
 
 RECIPE_NAME = "recipe.yaml"
 MARKER_NAME = "run.json"
@@ -101,7 +102,8 @@ class RunFolder:
 
     def _check_same(self) -> None:
         """A resumed run continues the same recipe on the same data; anything else would not be what an uninterrupted run gives.
-        How many processes load data and who tracks the run may change."""
+        How many processes load data, who tracks the run and what watches its health may change: up to a fault, no weight
+        depends on them."""
         written = self.path / RECIPE_NAME
         before, now = (_comparable(recipe) for recipe in (load_recipe(written), self.recipe))
         if before != now:
@@ -121,7 +123,8 @@ class RunFolder:
 
 
 def _comparable(recipe: Recipe) -> str:
-    return dump_recipe(replace(recipe, num_workers=0, trackers=()))
+    stages = tuple(replace(stage, health=HealthConfig()) for stage in recipe.stages)
+    return dump_recipe(replace(recipe, stages=stages, num_workers=0, trackers=()))
 
 
 def _manifest_hashes(recipe: Recipe) -> dict[str, str]:

@@ -17,10 +17,14 @@ SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
 
 
-def _inside(picture: Tensor, box: Box | None) -> Tensor:
-    """The part of float[..., H, W] inside `box`, all of it for None, as float64 on the CPU."""
-    part = picture if box is None else picture[..., box.top : box.bottom, box.left : box.right]
-    return part.detach().cpu().double()
+def inside(picture: Tensor, box: Box | None) -> Tensor:
+    """The part of float[..., H, W] inside `box`, all of it for None; a view."""
+    return picture if box is None else picture[..., box.top : box.bottom, box.left : box.right]
+
+
+def _exact(picture: Tensor, box: Box | None) -> Tensor:
+    """`inside`, as float64 on the CPU."""
+    return inside(picture, box).detach().cpu().double()
 
 
 def psnr(first: Tensor, second: Tensor, box: Box | None = None) -> float:
@@ -33,13 +37,13 @@ def psnr(first: Tensor, second: Tensor, box: Box | None = None) -> float:
     Returns:
         At most `MAX_PSNR`.
     """
-    error = F.mse_loss(_inside(first, box), _inside(second, box)).item()
+    error = F.mse_loss(_exact(first, box), _exact(second, box)).item()
     return MAX_PSNR if error == 0 else min(MAX_PSNR, 10 * math.log10(4 / error))
 
 
 def l1(first: Tensor, second: Tensor, box: Box | None = None) -> float:
     """Mean absolute difference of two float[3, H, W] in [-1, 1], in [0, 2]."""
-    return F.l1_loss(_inside(first, box), _inside(second, box)).item()
+    return F.l1_loss(_exact(first, box), _exact(second, box)).item()
 
 
 def ssim(first: Tensor, second: Tensor, box: Box | None = None) -> float:
@@ -53,7 +57,7 @@ def ssim(first: Tensor, second: Tensor, box: Box | None = None) -> float:
         first, second: float[3, H, W] in [-1, 1]; compared in [0, 1] (data range 1).
         box: compare inside it only.
     """
-    x, y = ((_inside(picture, box) + 1) / 2 for picture in (first, second))
+    x, y = ((_exact(picture, box) + 1) / 2 for picture in (first, second))
     height, width = x.shape[-2:]
     rows, columns = _gaussian(_fitting(height)), _gaussian(_fitting(width))
 

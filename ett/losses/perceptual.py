@@ -169,7 +169,7 @@ class PerceptualDistance(nn.Module):
 
     def _directions(self, pictures: Tensor) -> list[Tensor]:
         dtype = self.features.stem.conv.weight.dtype
-        return [F.normalize(x, dim=1) for x in self.features(_enlarged(pictures.to(dtype)))]
+        return [F.normalize(x, dim=1) for x in self.features(enlarged(pictures.to(dtype)))]
 
 
 def lite0_is_installed() -> bool:
@@ -282,7 +282,7 @@ def _padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _enlarged(pictures: Tensor) -> Tensor:
+def enlarged(pictures: Tensor) -> Tensor:
     """Bilinearly, aspect kept, so that the shorter side has at least `MIN_SIDE` pixels; larger pictures as they are."""
     height, width = pictures.shape[-2:]
     scale = MIN_SIDE / min(height, width)

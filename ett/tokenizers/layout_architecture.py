@@ -163,8 +163,7 @@ def state_diffusers(content: Mapping[str, Any], where: str) -> Stated:
         _require(content, name, expected, where)
     _require(content, "_quantizer_name", "VQuantizer", where)
     widths = _integers(content.get("block_out_channels"), "block_out_channels", where)
-    whole = bool(widths) and all(width > 0 and width % widths[0] == 0 for width in widths or ())
-    if widths is not None and not whole:
+    if widths is not None and not (widths and all(width > 0 and width % widths[0] == 0 for width in widths)):
         raise ModelError(f"{where}: block_out_channels = {list(widths)} must be multiples of the first.")
     last = len(widths) - 1 if widths else None
     attention = content.get("attn_down_block")

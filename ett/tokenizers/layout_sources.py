@@ -117,6 +117,7 @@ def _weights_file(source: Path) -> Path:
 def _configuration(layout: str, weights: Path, given: Path | None) -> tuple[Path | None, Stated]:
     """(its file, what it says); SEED-Voken's checkpoints need none."""
     folder = weights.parent
+    beside: tuple[Path, ...]
     if layout == SEED_VOKEN:
         beside = (weights.with_suffix(".yaml"), folder / "config.yaml")
     elif layout == EMU and weights.suffix != ".safetensors":

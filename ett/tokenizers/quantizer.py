@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ett.config import require
 from ett.tokenizers.index_backprop import index_backprop, nearest_logit
+from ett.tokenizers.softmax_statistics import SoftmaxStatistics, softmax_statistics
 from ett.types import Quantized
 
 BETA = 0.25
@@ -49,6 +50,10 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def nearest(self, features: Tensor) -> Tensor:
         """int64[B, h, w]: the indices that `forward` would give, without losses or gradients."""
+
+    def softmax_statistics(self, features: Tensor) -> SoftmaxStatistics | None:
+        """How sharp the index softmax is on float[B, D, h, w]; None for a quantizer without one."""
+        return None
 
     def lookup(self, indices: Tensor) -> Tensor:
         """float32[B, D, h, w]: the embeddings of int64[B, h, w] indices in [0, K)."""
@@ -181,6 +186,15 @@ class IndexBackpropagationQuantizer(Quantizer):
         with torch.autocast(features.device.type, enabled=False):
             found = nearest_logit(self._query(self._rows(features)), self._keys())
         return found.view(batch, height, width)
+
+    @torch.no_grad()
+    def softmax_statistics(self, features: Tensor) -> SoftmaxStatistics:
+        """Of the softmax that carries the gradient, `temperature` included; "nearest" is by Euclidean distance."""
+        with torch.autocast(features.device.type, enabled=False):
+            z = self._rows(features)
+            nearest = nearest_logit(*_as_dot(z, self._codes()))
+            entropy_temperature = self.entropy_temperature / self.temperature
+            return softmax_statistics(self._query(z), self._keys(), nearest, entropy_temperature)
 
     @torch.no_grad()
     def fit_unit(self, features: Tensor) -> float:

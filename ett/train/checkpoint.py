@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,8 +86,12 @@ def load_checkpoint(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     extras: Mapping[str, Stateful] | None = None,
+    optional: Collection[str] = (),
 ) -> None:
     """Put weights, optimizer, random states and `extras` back, exactly as they were.
+
+    Args:
+        optional: extras that a checkpoint may lack; they stay as they are.
 
     Raises:
         ModelError: a damaged file, or a checkpoint of another architecture.
@@ -97,7 +101,8 @@ def load_checkpoint(
     own = training_tensors(module)
     state = torch.load(checkpoint.path / STATE, weights_only=True, map_location="cpu")
     others = state.get("extras", {})
-    same = stored.keys() == own.keys() and others.keys() == (extras or {}).keys()
+    wanted = {name: each for name, each in (extras or {}).items() if name in others or name not in optional}
+    same = stored.keys() == own.keys() and others.keys() == wanted.keys()
     if not same or any(stored[name].shape != own[name].shape for name in own):
         raise ModelError(
             f"{checkpoint.path} belongs to another architecture or stage than the recipe describes. Resume with the recipe "
@@ -107,7 +112,7 @@ def load_checkpoint(
         for name, tensor in own.items():
             tensor.copy_(stored[name])
     optimizer.load_state_dict(state["optimizer"])
-    for name, each in (extras or {}).items():
+    for name, each in wanted.items():
         each.load_state_dict(others[name])
     restore_random_state(state["random"])
 

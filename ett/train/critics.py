@@ -109,6 +109,23 @@ class Critics:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def statistics(self) -> list[Tensor]:
+        """Copies of what a forward pass moves beside gradients: statistics of norms, LeCam averages."""
+        return [buffer.clone() for buffer in self._statistics()]
+
+    @torch.no_grad()
+    def drop_step(self, statistics: list[Tensor]) -> None:
+        """Forget what was learned since `step`, and put `statistics` back."""
+        if self.discriminator is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        for buffer, kept in zip(self._statistics(), statistics, strict=True):
+            buffer.copy_(kept)
+
+    def _statistics(self) -> list[Tensor]:
+        if self.discriminator is None:
+            return []
+        return [*self.discriminator.buffers(), *self.lecam.buffers()]
+
     @torch.no_grad()
     def measure(self, reconstruction: Tensor, pixels: Tensor, step: int) -> Losses:
         """The terms of `judge` for validation: nothing learns, no statistics move."""

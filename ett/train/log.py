@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 LOG_NAME = "log.jsonl"
 LINE_SECONDS = 15.0
@@ -24,12 +27,15 @@ class RunLog:
 
     Events: ``step`` (losses unweighted by name, gradient norm, learning rates, images_per_second), ``validation`` (the same
     names), ``reach`` (gradient norms of the caption loss by part), ``codes_placed`` (mean squared distance of features to their
-    nearest code). Each carries stage, step and seconds since the epoch.
+    nearest code), ``health`` (values and gradient norms by place and loss, `ett.train.measures`), ``warning`` (kind, message).
+    Each carries stage, step and seconds since the epoch.
     """
 
     def __init__(self, directory: Path, tracker: Tracker, main: bool = True, quiet: bool = False) -> None:
         self.path, self.tracker, self.main = directory / LOG_NAME, tracker, main
+        self.quiet = quiet
         self.plain = main and not quiet and not sys.stderr.isatty()
+        self._warned: set[tuple[str, str]] = set()
         self._offset = 0
         self._last_line = 0.0
         self._started = time.monotonic()
@@ -43,6 +49,7 @@ class RunLog:
         work = self.path.with_suffix(".tmp")
         work.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
         work.replace(self.path)
+        self._warned = {(e["stage"], e["kind"]) for e in kept if e["event"] == "warning"}
 
     def start_stage(self, offset: int) -> None:
         """Steps of all stages before this one: trackers get one running step."""
@@ -87,6 +94,26 @@ class RunLog:
     def codes_placed(self, stage: str, step: int, distance: float) -> None:
         self._write("codes_placed", stage, step, mean_squared_distance=distance)
 
+    def health(
+        self, stage: str, step: int, values: Mapping[str, float], gradient_norms: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        """Mirror a measurement of `ett.train.health`; what is not finite is null."""
+        norms = {place: _finite_or_none(terms) for place, terms in gradient_norms.items()}
+        self._write("health", stage, step, values=_finite_or_none(values), gradient_norms=norms)
+        shown = {**values}
+        for place, terms in gradient_norms.items():
+            shown |= {f"gradient_{place}/{name}": norm for name, norm in terms.items()}
+        self._track({f"{stage}/health/{name}": value for name, value in shown.items()}, step)
+
+    def warning(self, stage: str, step: int, kind: str, message: str, *, once: bool = True) -> None:
+        """Tell it on stderr and in the log; with `once` only the first of this kind in a stage, a resumed run's included."""
+        if once and (stage, kind) in self._warned:
+            return
+        self._warned.add((stage, kind))
+        self._write("warning", stage, step, kind=kind, message=message)
+        if self.main and not self.quiet:
+            tqdm.write(f"Warning ({stage}, step {step}): {message}", file=sys.stderr)
+
     def reach(self, stage: str, norms: Mapping[str, float]) -> None:
         self._write("reach", stage, 0, caption_gradient_norms=norms)
 
@@ -98,6 +125,10 @@ class RunLog:
 
     def _track(self, values: dict[str, Any], step: int) -> None:
         self.tracker.log(values, step=self._offset + step)
+
+
+def _finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 from ett.train.average import WeightAverage
 from ett.train.checkpoint import Stateful, list_checkpoints, load_checkpoint, save_checkpoint
 from ett.train.critics import Critics
+from ett.train.health import BackOffs, HealthMonitor, fixed_batches
 from ett.train.log import RunLog
 from ett.train.objectives import JointObjective, Losses, ObjectiveOutput, Shares, TokenizerObjective
 from ett.train.optim import build_optimizer, schedule_factor, set_learning_rates
@@ -48,10 +49,6 @@ class Interrupted(Exception):
     def __init__(self, step: int, signal_number: int) -> None:
         super().__init__(f"interrupted after step {step}")
         self.step, self.signal_number = step, signal_number
-
-
-class NonFiniteLoss(UserError):
-    """A loss became NaN or infinite; training stopped before the step was taken."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,8 @@ class Stage:
         log: RunLog,
         checkpoints: Path,
     ) -> None:
+        if config.quantize_after:
+            _check_placeable(model)
         self.config, self.name, self.data, self.log = config, name, data, log
         self.accelerator, self.checkpoints = accelerator, checkpoints
         self.model = model.to(accelerator.device)
@@ -112,11 +111,14 @@ class Stage:
             peak = rates.get("vision_tokenizer", config.optimizer.learning_rate)
             self.critics = Critics(self.losses, config.discriminator, peak, accelerator)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
+        self.back_offs = BackOffs(config.health, name, log)
+        # before a checkpoint is loaded: drift is measured from the weights that the stage began with
+        self.health = self._health_monitor()
 
     @property
     def _extras(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside weights, optimizer and random states."""
-        extras: dict[str, Stateful] = {}
+        extras: dict[str, Stateful] = {"back_offs": self.back_offs}
         if self.critics is not None:
             extras["critics"] = self.critics
         if self.average is not None:
@@ -127,11 +129,17 @@ class Stage:
         """Continue from this stage's newest checkpoint, if there is one."""
         found = list_checkpoints(self.checkpoints, self.name)
         if found:
-            load_checkpoint(found[-1], self.model, self.optimizer.optimizer, self._extras)
+            load_checkpoint(found[-1], self.model, self.optimizer.optimizer, self._extras, ("back_offs",))
             self.step = found[-1].step
 
     def save(self) -> None:
-        """Write a checkpoint of the steps finished so far."""
+        """Write a checkpoint of the steps finished so far.
+
+        Raises:
+            CodebookCollapse: there is nothing good to save, and the recipe stops on that.
+        """
+        if self.health is not None:
+            self.health.before_saving(self.step)
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.optimizer
             save_checkpoint(self.checkpoints, self.name, self.step, self.model, optimizer, self._extras)
@@ -142,7 +150,7 @@ class Stage:
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was saved.
-            NonFiniteLoss: a loss became NaN or infinite.
+            NonFiniteLoss, CodebookCollapse: as the recipe's `health` says.
         """
         config = self.config
         bar = tqdm(
@@ -172,8 +180,11 @@ class Stage:
                     rate = seen / (time.monotonic() - started)
                     self.log.step(self.name, self.step, config.steps, values, norm, self._rates(), rate)
                     bar.set_postfix_str(_postfix(values, rate))
-                if last or (config.validate_every and self.step % config.validate_every == 0):
+                validates = last or (config.validate_every is not None and self.step % config.validate_every == 0)
+                if validates:
                     self.log.validation(self.name, self.step, self.validate())
+                if self.health is not None and self.health.due(self.step, config.steps, validates):
+                    self.health.measure(self.step)
                 if self._stop_requested(received):
                     self.save()
                     raise Interrupted(self.step, received[0] if received else signal.SIGTERM)
@@ -225,6 +236,7 @@ class Stage:
             counts = self.accelerator.reduce(counts)
         tokens, images = (max(1, int(count)) / world for count in counts)
         totals: Losses = {}
+        statistics = self.critics.statistics() if self.critics is not None and self.back_offs.allowed else []
         for i, batch in enumerate(micro_batches):
             shares = Shares(tokens, len(batch.pixel_values) / images)
             synced = i == len(micro_batches) - 1
@@ -240,18 +252,26 @@ class Stage:
             self.objective.parameters(), self.config.optimizer.max_grad_norm or math.inf
         )
         norm_value = float(norm) if norm is not None else 0.0
-        if not math.isfinite(norm_value):
-            self._refuse(totals, norm_value)
-        set_learning_rates(self.optimizer.optimizer, self.config.optimizer, self.step, self.config.steps)
+        if world > 1:
+            totals = {name: self.accelerator.reduce(value, reduction="mean") for name, value in totals.items()}
+        if self.back_offs.needed(totals, norm_value):
+            self.back_offs.refuse(self.step + 1, totals, norm_value)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.critics is not None:
+                self.critics.drop_step(statistics)
+        else:
+            self._update_weights()
+        return totals, norm_value
+
+    def _update_weights(self) -> None:
+        config, scale = self.config.optimizer, self.back_offs.factor
+        set_learning_rates(self.optimizer.optimizer, config, self.step, self.config.steps, scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.critics is not None:
-            self.critics.step(schedule_factor(self.config.optimizer, self.step, self.config.steps))
+            self.critics.step(schedule_factor(config, self.step, self.config.steps) * scale)
         if self.average is not None:
             self.average.update()
-        if world > 1:
-            totals = {name: self.accelerator.reduce(value, reduction="mean") for name, value in totals.items()}
-        return totals, norm_value
 
     def _losses(self, batch: Batch, shares: Shares) -> tuple[Tensor, Losses]:
         """(loss float[], terms by name) of a micro-batch in training; the critics join, and learn."""
@@ -274,8 +294,7 @@ class Stage:
         """Codes go where the features of the mixture's first pictures are; a function of the weights and the recipe alone."""
         assert isinstance(self.model, VisionTokenizer)
         quantizer = self.model.quantize
-        if not isinstance(quantizer, IndexBackpropagationQuantizer):
-            raise RecipeError(f"quantize_after places codes by k-means, which {type(quantizer).__name__} has not.")
+        assert isinstance(quantizer, IndexBackpropagationQuantizer)
         features: list[Tensor] = []
         wanted, draw = FEATURES_PER_CODE * quantizer.codebook_size, 0
         while sum(each.shape[0] * each.shape[2] * each.shape[3] for each in features) < wanted:
@@ -289,11 +308,26 @@ class Stage:
                 torch.distributed.broadcast(tensor, src=0)
         self.log.codes_placed(self.name, self.step, distance)
 
-    def _refuse(self, losses: Losses, norm: float) -> None:
-        shown = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
-        raise NonFiniteLoss(
-            f"Stage {self.name}, step {self.step + 1}: the gradient norm is {norm} ({shown}). The step was not taken. Start "
-            "anew with a lower optimizer.learning_rate or optimizer.max_grad_norm (--overwrite)."
+    def _health_monitor(self) -> HealthMonitor | None:
+        """None where the tokenizer does not train, or nothing is to be measured."""
+        config, data = self.config, self.data
+        if "vision_tokenizer" not in config.parts or config.health.pictures == 0:
+            return None
+        batches = fixed_batches(
+            config.health, data.validation, data.mixture, data.processor, data.max_length, self.micro_batch
+        )
+        if not batches:
+            return None
+        return HealthMonitor(
+            config.health,
+            self.name,
+            self.model,
+            self.losses,
+            self.critics,
+            batches,
+            config.quantize_after,
+            self.accelerator,
+            self.log,
         )
 
     def _rates(self) -> dict[str, float]:
@@ -381,6 +415,14 @@ def _checkpoint_activations(language_model: PreTrainedModel) -> None:
     # named anew on the way from transformers 5.17 to 5.23, where the old name warns
     enable = getattr(language_model, "activation_checkpointing_enable", None)
     (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _check_placeable(model: nn.Module) -> None:
+    quantizer = model.quantize if isinstance(model, VisionTokenizer) else None
+    if not isinstance(quantizer, IndexBackpropagationQuantizer):
+        raise RecipeError(
+            f"quantize_after places codes by k-means, which {type(quantizer).__name__} has not. Set it to 0."
+        )
 
 
 def _modules_by_part(model: EttForConditionalGeneration) -> dict[str, nn.Module]:

@@ -102,8 +102,10 @@ def build_optimizer(parts: Mapping[str, nn.Module], config: OptimizerConfig) -> 
     return torch.optim.AdamW(param_groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, steps: int) -> None:
-    """Give each group its rate for step `step` (0-based)."""
-    factor = schedule_factor(config, step, steps)
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, steps: int, scale: float = 1.0
+) -> None:
+    """Give each group its rate for step `step` (0-based), times `scale`."""
+    factor = schedule_factor(config, step, steps) * scale
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

@@ -17,6 +17,6 @@ def shard_quantizer(quantizer: Quantizer, mesh: DeviceMesh | None = None) -> Non
     """
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(quantizer, mesh=mesh, mp_policy=policy)
-    # parameters are gathered around forward(); these two read the codebook as well
-    for method in ("nearest", "lookup"):
+    # parameters are gathered around forward(); these read the codebook as well
+    for method in ("nearest", "lookup", "softmax_statistics"):
         register_fsdp_forward_method(quantizer, method)

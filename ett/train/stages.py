@@ -17,6 +17,8 @@ from ett.losses.caption import supervised_columns
 from ett.losses.joint import LossConfig
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.lora import is_lora_parameter
+from ett.train.health import HealthConfig
+from ett.train.measures import tokenizer_probes
 from ett.train.optim import OptimizerConfig
 from ett.types import Batch
 
@@ -56,6 +58,7 @@ class StageConfig:
         ema_decay: average the weights that train with this decay, in [0, 1); the average is validated and is what the stage
             ends with. null ends with the weights themselves.
         gradient_checkpointing: trade compute for memory in the language model.
+        health: how the tokenizer is watched while it trains, and what a collapse or a non-finite loss does.
     """
 
     stage: StageName
@@ -74,6 +77,7 @@ class StageConfig:
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     ema_decay: float | None = None
     gradient_checkpointing: bool = False
+    health: HealthConfig = HealthConfig()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):
@@ -150,11 +154,7 @@ class Reach:
 
 def _probes(model: EttForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
     """One parameter for each place that a stage trains or freezes."""
-    yield "encoder", model.vision_tokenizer.encoder_output
-    # a codebook fixed by rule (FSQ, LFQ) has nothing to train; a table may have a learned scale beside it
-    codebook = max(model.vision_tokenizer.quantize.parameters(), key=Tensor.numel, default=None)
-    if codebook is not None:
-        yield "codebook", codebook
+    yield from tokenizer_probes(model.vision_tokenizer).items()
     yield "projector", next(model.projector.parameters())
     # of an adapter the factor that starts at 0: the other one gets no gradient until this has moved
     adapters = (p for name, p in model.language_model.named_parameters() if ".lora_B" in name)

@@ -164,12 +164,12 @@ def test_small_pictures_are_enlarged(distance: PerceptualDistance, pictures: Ten
         (128, 130): (128, 130),
     }
     for size, enlarged in sizes.items():
-        assert perceptual._enlarged(torch.zeros(1, 3, *size)).shape[-2:] == enlarged
+        assert perceptual.enlarged(torch.zeros(1, 3, *size)).shape[-2:] == enlarged
     others = pictures.roll(1, dims=0)
     by_hand = [F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False) for x in (pictures, others)]
     assert torch.allclose(distance(pictures, others), distance(*by_hand), rtol=1e-5)
     large = torch.rand(1, 3, 128, 200)
-    assert perceptual._enlarged(large) is large
+    assert perceptual.enlarged(large) is large
 
 
 def test_a_blurred_picture_is_nearer_than_another_one(distance: PerceptualDistance, pictures: Tensor) -> None:

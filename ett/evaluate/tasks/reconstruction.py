@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -11,11 +12,31 @@ from torch import Tensor
 
 from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches
 from ett.evaluate.metrics import codebook_usage, index_counts, index_perplexity, l1, psnr, ssim
+from ett.generate.fidelity import inside
 from ett.images import Box, load_image
 from ett.losses.perceptual import PerceptualDistance, lite0_is_installed, load_lite0
+from ett.types import Example
 
 Measure = Callable[[Tensor, Tensor, Box | None], float]
 """Of two float[3, H, W] in [-1, 1], inside a box."""
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """Some examples' pictures before and after.
+
+    Attributes:
+        examples: that hold pictures; the I pictures below are theirs, in order.
+        boxes: where each picture lies on its canvas.
+        pixels, decoded: float[I, 3, H, W] in [-1, 1], padding included.
+        indices: int64[I, h, w].
+    """
+
+    examples: Sequence[Example]
+    boxes: Sequence[Box]
+    pixels: Tensor
+    decoded: Tensor
+    indices: Tensor
 
 
 class ReconstructionTask(Task):
@@ -32,32 +53,47 @@ class ReconstructionTask(Task):
     needs_language_model: ClassVar[bool] = False
 
     def run(self, subject: Subject, data: Selection) -> TaskResult:
-        tokenizer, image_processor = subject.vision_tokenizer, subject.processor.image_processor
-        counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
-        measures: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, "l1": l1}
-        if lite0_is_installed():
-            measures["lite0_distance"] = lite0_distance
-        sums: dict[str, list[float]] = {name: [] for name in measures}
-        pictures: list[int] = []
-        for part in batches(data, subject.batch_size, f"{data.name} {self.name}"):
-            shown = [example for example in part if example.images]
-            if not shown:
-                continue
-            fitted = [image_processor.fit(load_image(image)) for example in shown for image in example.images]
-            pixels = torch.stack([torch.from_numpy(array) for array, _ in fitted]).to(subject.device)
-            indices = tokenizer.tokenize(pixels)
-            decoded = tokenizer.detokenize(indices)
-            counts += index_counts(indices, tokenizer.codebook_size)
-            for name, measure in measures.items():
-                each = iter([measure(pixels[i], decoded[i], box) for i, (_, box) in enumerate(fitted)])
-                sums[name].extend(sum(next(each) for _ in example.images) for example in shown)
-            pictures.extend(len(example.images) for example in shown)
-        if not pictures:
-            return TaskResult()
-        metrics = {name: Metric.mean(values, pictures) for name, values in sums.items()}
-        metrics["codebook_usage"] = Metric(codebook_usage(counts), len(pictures))
-        metrics["index_perplexity"] = Metric(index_perplexity(counts), len(pictures))
-        return TaskResult(metrics, index_counts=counts)
+        return measure(subject, reconstructed(subject, data, f"{data.name} {self.name}"))
+
+
+def reconstructed(subject: Subject, data: Selection, description: str) -> Iterator[Reconstructed]:
+    """The examples of `data` through the tokenizer's indices and back, a batch at a time; those without pictures left out.
+
+    Raises:
+        DataError: an example that cannot be read.
+    """
+    tokenizer, image_processor = subject.vision_tokenizer, subject.processor.image_processor
+    for part in batches(data, subject.batch_size, description):
+        shown = [example for example in part if example.images]
+        if not shown:
+            continue
+        fitted = [image_processor.fit(load_image(image)) for example in shown for image in example.images]
+        pixels = torch.stack([torch.from_numpy(array) for array, _ in fitted]).to(subject.device)
+        indices = tokenizer.tokenize(pixels)
+        yield Reconstructed(shown, [box for _, box in fitted], pixels, tokenizer.detokenize(indices), indices)
+
+
+def measure(subject: Subject, found: Iterable[Reconstructed]) -> TaskResult:
+    """`ReconstructionTask`'s metrics of what `subject` made of pictures; none where there are no pictures."""
+    codebook_size = subject.vision_tokenizer.codebook_size
+    counts = torch.zeros(codebook_size, dtype=torch.int64)
+    measures: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, "l1": l1}
+    if lite0_is_installed():
+        measures["lite0_distance"] = lite0_distance
+    sums: dict[str, list[float]] = {name: [] for name in measures}
+    pictures: list[int] = []
+    for part in found:
+        counts += index_counts(part.indices, codebook_size)
+        for name, of in measures.items():
+            each = iter([of(part.pixels[i], part.decoded[i], box) for i, box in enumerate(part.boxes)])
+            sums[name].extend(sum(next(each) for _ in example.images) for example in part.examples)
+        pictures.extend(len(example.images) for example in part.examples)
+    if not pictures:
+        return TaskResult()
+    metrics = {name: Metric.mean(values, pictures) for name, values in sums.items()}
+    metrics["codebook_usage"] = Metric(codebook_usage(counts), len(pictures))
+    metrics["index_perplexity"] = Metric(index_perplexity(counts), len(pictures))
+    return TaskResult(metrics, index_counts=counts)
 
 
 def lite0_distance(first: Tensor, second: Tensor, box: Box | None = None) -> float:
@@ -66,10 +102,10 @@ def lite0_distance(first: Tensor, second: Tensor, box: Box | None = None) -> flo
     Raises:
         ModelError: the package of the weights is not installed, or damaged.
     """
-    parts = [x if box is None else x[..., box.top : box.bottom, box.left : box.right] for x in (first, second)]
-    return _perceptual_distance(first.device)(parts[0][None], parts[1][None]).item()
+    return perceptual_distance(first.device)(inside(first, box)[None], inside(second, box)[None]).item()
 
 
 @lru_cache(maxsize=1)
-def _perceptual_distance(device: torch.device) -> PerceptualDistance:
+def perceptual_distance(device: torch.device) -> PerceptualDistance:
+    """The distance on `device`, its weights read once; ModelError as `lite0_distance`."""
     return PerceptualDistance(load_lite0()).to(device)
