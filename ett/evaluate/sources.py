@@ -55,13 +55,14 @@ def builtin_sources(split: str = "validation", configs: Sequence[SourceConfig] =
 
 
 def _named(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConfig]]:
-    """Each configuration without its limit, under its source's name, numbered where one comes again."""
-    named: dict[str, SourceConfig] = {}
-    for config in configs:
-        earlier = sum(other.source == config.source for other in named.values())
-        name = config.source if earlier == 0 else f"{config.source}-{earlier + 1}"
-        named[name] = replace(config, limit=None)
-    return list(named.items())
+    """Each configuration without its limit, under its source's name; where one comes several times, "drawn_text.1",
+    "drawn_text.2" and so on, so that their figures are pooled under the name itself (`ett.evaluate.comparison.pooled`)."""
+    kinds = [config.source for config in configs]
+    named = []
+    for i, config in enumerate(configs):
+        number = f".{kinds[: i + 1].count(config.source)}" if kinds.count(config.source) > 1 else ""
+        named.append((f"{config.source}{number}", replace(config, limit=None)))
+    return named
 
 
 def named_sources(given: Sequence[str], split: str | None = None, image_root: str | Path | None = None) -> NamedSources:

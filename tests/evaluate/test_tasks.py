@@ -328,7 +328,7 @@ def test_sources_of_a_recipe() -> None:
     found = builtin_sources(
         "validation", [spelled, SourceConfig(source="drawn_text"), SourceConfig("manifest", path="x")]
     )
-    assert [name for name, _ in found] == ["drawn_text", "drawn_text-2"]
+    assert [name for name, _ in found] == ["drawn_text.1", "drawn_text.2"]
     assert found[0][1][0].images[0].size == (64, 64)
     assert len(found[0][1]) > 3
     with pytest.raises(DataError, match="'pair'"):
