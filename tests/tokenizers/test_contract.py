@@ -43,7 +43,9 @@ def pixels(tokenizer: VisionTokenizer, count: int = 2) -> Tensor:
 
 
 def test_every_registered_type_has_a_case() -> None:
-    assert {case.get("tokenizer_type", "ibq") for case in CASES.values()} == set(VisionTokenizer.registry)
+    # other tests register toys of their own
+    ours = {kind for kind, cls in VisionTokenizer.registry.items() if cls.__module__.startswith("ett.")}
+    assert {case.get("tokenizer_type", "ibq") for case in CASES.values()} == ours
 
 
 @every_tokenizer
