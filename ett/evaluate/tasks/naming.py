@@ -22,6 +22,8 @@ from ett.types import IGNORE_INDEX, Example, Message
 MAX_CANDIDATES = 100
 MAX_EXAMPLES = 32
 """Each example costs the likelihood of a hundred answers."""
+AnswerIds = dict[tuple[tuple[int, ...], str], list[int]]
+"""(ids of the prompt, answer) -> ids of the answer after that prompt."""
 MAX_READ = 400
 """Examples looked at for candidates; a source with fewer different answers has fewer candidates."""
 
@@ -51,6 +53,7 @@ class NamingTask(Task):
         chosen = spread(len(data), min(MAX_EXAMPLES, len(data)))
         ranks: list[float] = []
         counts: list[int] = []
+        known: AnswerIds = {}
         for positions in batches(chosen, 1, f"{data.name} {self.name}"):
             example = first_exchange(data[positions[0]])
             right = None if example is None else question_and_reference(example)[1]
@@ -59,7 +62,7 @@ class NamingTask(Task):
             others = [text for text in pool if normalized(text) != normalized(right)][: MAX_CANDIDATES - 1]
             if not others:
                 continue
-            scores = score_answers(subject, example, [right, *others])
+            scores = score_answers(subject, example, [right, *others], known)
             ranks.append(1 + float((scores[1:] > scores[0]).sum()) + float((scores[1:] == scores[0]).sum()) / 2)
             counts.append(1 + len(others))
         if not ranks:
@@ -86,11 +89,16 @@ def candidate_pool(source: Source, seed: int = 0) -> list[str]:
     return list(found.values())
 
 
-def score_answers(subject: Subject, example: Example, candidates: Sequence[str]) -> Tensor:
+def score_answers(
+    subject: Subject, example: Example, candidates: Sequence[str], known: AnswerIds | None = None
+) -> Tensor:
     """float64[len(candidates)]: mean log-likelihood per token of each candidate as the answer to `example`.
 
     The prompt, pictures included, is read once. Its cache is copied for each batch of candidates, which gives what one
     forward over prompt and answer gives for each of them.
+
+    Args:
+        known: answers tokenized before, to which those of this call are added: few questions share many candidates.
     """
     model, processor = subject.language_model, subject.processor
     prompt = prompts(processor, [example]).to(subject.device)
@@ -102,7 +110,12 @@ def score_answers(subject: Subject, example: Example, candidates: Sequence[str])
         use_cache=True,
     )
     turns = [message for message in example.messages if message["role"] != "assistant"]
-    answers = [_answer_ids(subject, turns, candidate) for candidate in candidates]
+    known = {} if known is None else known
+    prompt_ids = tuple(prompt.input_ids[0].tolist())
+    for candidate in candidates:
+        if (prompt_ids, candidate) not in known:
+            known[prompt_ids, candidate] = _answer_ids(subject, turns, candidate)
+    answers = [known[prompt_ids, candidate] for candidate in candidates]
     scores: list[Tensor] = []
     for start in range(0, len(answers), subject.batch_size):
         part = answers[start : start + subject.batch_size]

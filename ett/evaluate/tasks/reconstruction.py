@@ -17,9 +17,6 @@ from ett.images import Box, load_image
 from ett.losses.perceptual import PerceptualDistance, lite0_is_installed, load_lite0
 from ett.types import Example
 
-Measure = Callable[[Tensor, Tensor, Box | None], float]
-"""Of two float[3, H, W] in [-1, 1], inside a box."""
-
 
 @dataclass(frozen=True)
 class Reconstructed:
@@ -37,6 +34,10 @@ class Reconstructed:
     pixels: Tensor
     decoded: Tensor
     indices: Tensor
+
+
+Measure = Callable[[Reconstructed], list[float]]
+"""A number for each of the I pictures, of what is inside their boxes."""
 
 
 class ReconstructionTask(Task):
@@ -77,15 +78,15 @@ def measure(subject: Subject, found: Iterable[Reconstructed]) -> TaskResult:
     """`ReconstructionTask`'s metrics of what `subject` made of pictures; none where there are no pictures."""
     codebook_size = subject.vision_tokenizer.codebook_size
     counts = torch.zeros(codebook_size, dtype=torch.int64)
-    measures: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, "l1": l1}
+    measures: dict[str, Measure] = {"psnr": _each(psnr), "ssim": _each(ssim), "l1": _each(l1)}
     if lite0_is_installed():
-        measures["lite0_distance"] = lite0_distance
+        measures["lite0_distance"] = _lite0_distances
     sums: dict[str, list[float]] = {name: [] for name in measures}
     pictures: list[int] = []
     for part in found:
         counts += index_counts(part.indices, codebook_size)
         for name, of in measures.items():
-            each = iter([of(part.pixels[i], part.decoded[i], box) for i, box in enumerate(part.boxes)])
+            each = iter(of(part))
             sums[name].extend(sum(next(each) for _ in example.images) for example in part.examples)
         pictures.extend(len(example.images) for example in part.examples)
     if not pictures:
@@ -96,16 +97,36 @@ def measure(subject: Subject, found: Iterable[Reconstructed]) -> TaskResult:
     return TaskResult(metrics, index_counts=counts)
 
 
-def lite0_distance(first: Tensor, second: Tensor, box: Box | None = None) -> float:
-    """EfficientNet-Lite0 distance of two float[3, H, W] in [-1, 1], in [0, 4]: of what is inside `box`, enlarged as need be.
+def _each(of: Callable[[Tensor, Tensor, Box | None], float]) -> Measure:
+    """`of` a picture and its reconstruction, float[3, H, W] in [-1, 1], one pair at a time."""
+
+    def measured(part: Reconstructed) -> list[float]:
+        return [of(part.pixels[i], part.decoded[i], box) for i, box in enumerate(part.boxes)]
+
+    return measured
+
+
+def _lite0_distances(part: Reconstructed) -> list[float]:
+    """EfficientNet-Lite0 distances, in [0, 4]; pictures of equal size go through the network together.
 
     Raises:
         ModelError: the package of the weights is not installed, or damaged.
     """
-    return perceptual_distance(first.device)(inside(first, box)[None], inside(second, box)[None]).item()
+    pairs = [
+        torch.stack([inside(part.pixels[i], box), inside(part.decoded[i], box)]) for i, box in enumerate(part.boxes)
+    ]
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        by_shape.setdefault(pair.shape, []).append(i)
+    found = [0.0] * len(pairs)
+    for group in by_shape.values():
+        first, second = torch.stack([pairs[i] for i in group]).unbind(1)
+        for i, value in zip(group, perceptual_distance(first.device)(first, second).tolist(), strict=True):
+            found[i] = value
+    return found
 
 
 @lru_cache(maxsize=1)
 def perceptual_distance(device: torch.device) -> PerceptualDistance:
-    """The distance on `device`, its weights read once; ModelError as `lite0_distance`."""
+    """The distance on `device`, its weights read once; ModelError where they are not there."""
     return PerceptualDistance(load_lite0()).to(device)
