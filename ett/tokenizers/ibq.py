@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
-
 from ett.config import require
-from ett.tokenizers.base import Precision, VisionTokenizer, channels_last
-from ett.tokenizers.cnn import CNNConfig, Decoder, Encoder
-from ett.tokenizers.quantizer import IndexBackpropagationQuantizer, Similarity
+from ett.tokenizers.base import Precision
+from ett.tokenizers.cnn import CNNConfig
+from ett.tokenizers.cnn_tokenizer import CNNTokenizer
+from ett.tokenizers.quantizer import Gradient, IndexBackpropagationQuantizer, Similarity
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class IBQConfig(CNNConfig):
 
     Attributes:
         codebook_size: K. codebook_dim: D.
-        temperature, normalize, entropy_temperature, similarity: of `IndexBackpropagationQuantizer`.
+        temperature, normalize, entropy_temperature, similarity, gradient: of `IndexBackpropagationQuantizer`.
         precision: type that encoder and decoder compute in, in training and evaluation alike; the quantizer is float32.
     """
 
@@ -29,6 +28,7 @@ class IBQConfig(CNNConfig):
     normalize: bool = False
     entropy_temperature: float = 0.01
     similarity: Similarity = "dot"
+    gradient: Gradient = "index_backprop"
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
@@ -39,43 +39,23 @@ class IBQConfig(CNNConfig):
         require(self.entropy_temperature > 0, "entropy_temperature", self.entropy_temperature, "above 0")
 
 
-class IBQTokenizer(VisionTokenizer):
-    """encoder -> quant_conv -> quantize -> post_quant_conv -> decoder; parameter names as in the reference."""
+class IBQTokenizer(CNNTokenizer):
+    """The own CNN around an `IndexBackpropagationQuantizer`."""
 
     tokenizer_type: ClassVar[str] = "ibq"
     config_class: ClassVar[type] = IBQConfig
 
-    def __init__(self, config: IBQConfig) -> None:
-        super().__init__()
-        self.config: IBQConfig = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = IndexBackpropagationQuantizer(
+    config: IBQConfig
+    quantize: IndexBackpropagationQuantizer
+
+    def _quantizer(self) -> IndexBackpropagationQuantizer:
+        config = self.config
+        return IndexBackpropagationQuantizer(
             config.codebook_size,
             config.codebook_dim,
             temperature=config.temperature,
             normalize=config.normalize,
             entropy_temperature=config.entropy_temperature,
             similarity=config.similarity,
+            gradient=config.gradient,
         )
-        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
-        channels_last(self)
-
-    @property
-    def downsample(self) -> int:
-        return self.config.downsample
-
-    @property
-    def precision(self) -> Precision:
-        return self.config.precision
-
-    @property
-    def encoder_output(self) -> Tensor:
-        return self.quant_conv.weight
-
-    def _encode(self, pixel_values: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(pixel_values))
-
-    def _decode(self, embeddings: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(embeddings))
