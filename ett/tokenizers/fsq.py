@@ -13,7 +13,8 @@ from torch import Tensor
 from ett.config import require
 from ett.tokenizers.base import Precision
 from ett.tokenizers.cnn import CNNConfig
-from ett.tokenizers.implicit import ImplicitQuantizer, ImplicitTokenizer
+from ett.tokenizers.cnn_tokenizer import CNNTokenizer
+from ett.tokenizers.implicit import ImplicitQuantizer
 from ett.types import Quantized
 
 MARGIN = 1e-3
@@ -98,14 +99,16 @@ class FSQConfig(CNNConfig):
         _check(self.levels)
 
 
-class FSQTokenizer(ImplicitTokenizer):
+class FSQTokenizer(CNNTokenizer):
     """The own CNN around a `FiniteScalarQuantizer`."""
 
     tokenizer_type: ClassVar[str] = "fsq"
     config_class: ClassVar[type] = FSQConfig
 
-    def __init__(self, config: FSQConfig) -> None:
-        super().__init__(config, FiniteScalarQuantizer(config.levels))
+    config: FSQConfig
+
+    def _quantizer(self) -> FiniteScalarQuantizer:
+        return FiniteScalarQuantizer(self.config.levels)
 
 
 def _check(levels: Sequence[int]) -> None:

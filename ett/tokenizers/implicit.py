@@ -1,4 +1,4 @@
-"""Codebooks that are a rule instead of a table (FSQ, LFQ), and the own CNN around them.
+"""Codebooks that are a rule instead of a table (FSQ, LFQ).
 
 Nothing here is stored or looked up: an index spells its embedding. What trains is the projection on either side, the CNN's
 ``quant_conv`` and ``post_quant_conv``, and gradients pass the rounding straight through.
@@ -14,10 +14,8 @@ from abc import abstractmethod
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from ett.tokenizers.base import Precision, VisionTokenizer, channels_last
-from ett.tokenizers.cnn import CNNConfig, Decoder, Encoder
 from ett.tokenizers.quantizer import Quantizer
 
 
@@ -66,36 +64,3 @@ class ImplicitQuantizer(Quantizer):
         if self._all_ranks:
             dist.all_reduce(counts)
         return counts
-
-
-class ImplicitTokenizer(VisionTokenizer):
-    """encoder -> quant_conv -> quantize -> post_quant_conv -> decoder of the own CNN; final classes choose the quantizer."""
-
-    def __init__(self, config: CNNConfig, quantize: ImplicitQuantizer) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = quantize
-        self.quant_conv = nn.Conv2d(config.z_channels, quantize.codebook_dim, 1)
-        self.post_quant_conv = nn.Conv2d(quantize.codebook_dim, config.z_channels, 1)
-        channels_last(self)
-
-    @property
-    def downsample(self) -> int:
-        return int(self.config.downsample)
-
-    @property
-    def precision(self) -> Precision:
-        precision: Precision = self.config.precision
-        return precision
-
-    @property
-    def encoder_output(self) -> Tensor:
-        return self.quant_conv.weight
-
-    def _encode(self, pixel_values: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(pixel_values))
-
-    def _decode(self, embeddings: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(embeddings))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ett.errors import ModelError
+from ett.files import fsync, fsync_tree
 
 OWN_FILES = frozenset(
     {
@@ -186,12 +187,11 @@ def publish(destination: Path, write: Callable[[Path], None], *, folder: bool) -
         if folder:
             work.mkdir()
         write(work)
-        for path in [*work.rglob("*"), work] if folder else [work]:
-            _fsync(path)
+        fsync_tree(work)
         if folder and target.exists():
             target.rename(old)  # a rename cannot replace a folder that holds files
         work.replace(target)
-        _fsync(target.parent)
+        fsync(target.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)[:200]
         raise ModelError(f"{destination} cannot be written: {reason}. Choose another destination.") from error
@@ -203,11 +203,3 @@ def publish(destination: Path, write: Callable[[Path], None], *, folder: bool) -
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

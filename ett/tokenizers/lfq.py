@@ -13,7 +13,8 @@ from torch import Tensor
 from ett.config import require
 from ett.tokenizers.base import Precision
 from ett.tokenizers.cnn import CNNConfig
-from ett.tokenizers.implicit import ImplicitQuantizer, ImplicitTokenizer
+from ett.tokenizers.cnn_tokenizer import CNNTokenizer
+from ett.tokenizers.implicit import ImplicitQuantizer
 from ett.tokenizers.index_backprop import index_backprop
 from ett.tokenizers.quantizer import BETA
 from ett.types import Quantized
@@ -94,14 +95,16 @@ class LFQConfig(CNNConfig):
         _check(self.codebook_size, self.entropy_temperature)
 
 
-class LFQTokenizer(ImplicitTokenizer):
+class LFQTokenizer(CNNTokenizer):
     """The own CNN around a `LookupFreeQuantizer`."""
 
     tokenizer_type: ClassVar[str] = "lfq"
     config_class: ClassVar[type] = LFQConfig
 
-    def __init__(self, config: LFQConfig) -> None:
-        super().__init__(config, LookupFreeQuantizer(config.codebook_size, config.entropy_temperature))
+    config: LFQConfig
+
+    def _quantizer(self) -> LookupFreeQuantizer:
+        return LookupFreeQuantizer(self.config.codebook_size, self.config.entropy_temperature)
 
 
 def _check(codebook_size: int, entropy_temperature: float) -> None:
