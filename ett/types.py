@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -36,12 +37,18 @@ class Example:
         messages: turns in order; the i-th ``{"type": "image"}`` part stands for ``images[i]``.
         images: pictures of any mode and size, opened (``ett.images.load_image``).
         metadata: facts for evaluation (split, style, group ...), never shown to the model.
+        image_indices: int[h, w] in [0, K) for each picture, where a code cache stands in for `images` (then empty).
     """
 
     id: str
     messages: Sequence[Message]
     images: Sequence[PIL.Image.Image]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    image_indices: Sequence[np.ndarray] | None = None
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images if self.image_indices is None else self.image_indices)
 
 
 @dataclass
@@ -54,6 +61,8 @@ class Batch:
         attention_mask: int64[B, T], 1 where a position is real, 0 where it is padding.
         labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken.
         ids: the examples' ids, B of them.
+        image_indices: int64[I, h, w] in [0, K) where the pictures come from a code cache (`pixel_values` is then
+            float32[0, 3, H, W]), else None.
     """
 
     pixel_values: Tensor
@@ -61,6 +70,7 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
     ids: list[str]
+    image_indices: Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
         """The same batch with every tensor on `device` (non-blocking)."""
@@ -70,6 +80,11 @@ class Batch:
             if isinstance(getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
+
+    @property
+    def num_images(self) -> int:
+        """I, whether they come as pixels or as indices."""
+        return len(self.pixel_values if self.image_indices is None else self.image_indices)
 
     @property
     def num_supervised(self) -> int:

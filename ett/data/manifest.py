@@ -99,7 +99,7 @@ class Manifest(Source):
         self._offsets = array("Q")
         self._lines = array("Q")
         with self._open() as file:
-            self._stamp = _stamp(file)
+            self._stamp = _stamp(file.fileno())
             self._read_all(file, limit)
 
     def __len__(self) -> int:
@@ -110,7 +110,7 @@ class Manifest(Source):
             raise IndexError(f"{self.path} has {len(self)} examples; there is no number {index}.")
         line = self._lines[index]
         with self._open() as file:
-            if _stamp(file) != self._stamp:
+            if _stamp(file.fileno()) != self._stamp:
                 raise DataError(f"{self.path} was changed while in use. Leave it as it is during a run; start again.")
             record = self._read_one(file, index)
         try:
@@ -118,6 +118,14 @@ class Manifest(Source):
         except DataError as error:
             raise self._wrong(line, str(error)) from error
         return Example(record.id, record.messages, images, record.metadata)
+
+    def fingerprint(self) -> str:
+        """A hash of every line, and of path, size and time of change of every picture file."""
+        digest = blake2b(digest_size=16)
+        with self._open() as file:
+            for record in (self._read_one(file, index) for index in range(len(self))):
+                digest.update(repr((record, [_stamp(p) for p in record.pictures if isinstance(p, str)])).encode())
+        return digest.hexdigest()
 
     def _open(self) -> BinaryIO:
         try:
@@ -460,9 +468,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
-def _stamp(file: BinaryIO) -> tuple[int, int]:
-    """Size [bytes] and time of the last change [ns] of an open file."""
-    status = os.fstat(file.fileno())
+def _stamp(file: int | str) -> tuple[int, int]:
+    """Size [bytes] and time of the last change [ns] of a file, by descriptor or path."""
+    status = os.stat(file)
     return status.st_size, status.st_mtime_ns
 
 

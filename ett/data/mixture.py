@@ -179,6 +179,17 @@ class Mixture:
         epoch, step = divmod(turn, len(self.sources[source]))
         return source, int(self._permutation(source, epoch)[step])
 
+    def drawn(self, stop: int) -> list[np.ndarray]:
+        """Which examples of each source the draws [0, `stop`) take: int64, ascending, each once."""
+        blocks, rest = divmod(stop, BLOCK)
+        owners = self._block_order(blocks)[0][:rest]
+        found = []
+        for source, count in enumerate(self.counts):
+            turns = blocks * count + int((owners == source).sum())
+            # the first epoch takes no example twice; after it, all were taken
+            found.append(np.sort(self._permutation(source, 0)[:turns]))
+        return found
+
     def _shuffled_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """(source of each draw, how many draws of that source came before it in the block), int64[BLOCK] each."""
         owners = np.repeat(np.arange(len(self.sources)), self.counts)

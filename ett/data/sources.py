@@ -31,6 +31,10 @@ class Source(ABC):
             ett.errors.DataError: the example cannot be read; the message names the file and what is wrong with it.
         """
 
+    def fingerprint(self) -> str:
+        """What tells, beside the settings, that examples are what they were; empty for pure functions of the settings."""
+        return ""
+
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 

@@ -15,7 +15,17 @@ from ett.train.health import HealthConfig
 
 RECIPE_NAME = "recipe.yaml"
 MARKER_NAME = "run.json"
-OWN = ("checkpoints", "stages", "tensorboard", "samples", RECIPE_NAME, MARKER_NAME, "log.jsonl", "samples.json")
+OWN = (
+    "checkpoints",
+    "codes",
+    "stages",
+    "tensorboard",
+    "samples",
+    RECIPE_NAME,
+    MARKER_NAME,
+    "log.jsonl",
+    "samples.json",
+)
 OWN_PATTERNS = ("evaluation*.json", "report.html", "report.json")
 
 
@@ -76,6 +86,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where the stage under way keeps its training state."""
         return self.path / "checkpoints"
+
+    def codes(self, k: int) -> Path:
+        """Where stage `k` keeps its code cache, unless the recipe says where."""
+        cached = self.recipe.stages[k].cached_codes
+        return Path(cached) if isinstance(cached, str) else self.path / "codes" / self.stage(k).name
 
     @property
     def finished(self) -> int:

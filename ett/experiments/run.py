@@ -3,6 +3,7 @@
     OUT/run.json, OUT/recipe.yaml   that this is a run's folder; the resolved recipe
     OUT/log.jsonl, tensorboard/     what happened
     OUT/checkpoints/<stage>-<step>  training state of the stage under way
+    OUT/codes/<k>-<name>/           code cache of the stage under way, where it reads one
     OUT/stages/<k>-<name>/          the finished model (or tokenizer) of stage k, as save_pretrained writes it
 
 A stage starts from the previous stage's folder on disk, always, so a resumed run and an uninterrupted one take the same
@@ -41,6 +42,7 @@ from ett.model.loading import load_model as load_saved
 from ett.model.processing import EttProcessor
 from ett.model.text import byte_tokenizer
 from ett.tokenizers import VisionTokenizer
+from ett.train.cached import cached_data
 from ett.train.checkpoint import publish
 from ett.train.log import RunLog
 from ett.train.loop import Interrupted, Stage, StageData, encode_all, split_batch
@@ -106,6 +108,9 @@ class Run:
     def _train_stage(self, k: int, start: Start, accelerator: Accelerator, log: RunLog) -> None:
         config, name = self.recipe.stages[k], self.recipe.stage_names[k]
         model, processor, data = start
+        if config.cached_codes and isinstance(model, EttForConditionalGeneration):
+            sources, codes = config.data or self.recipe.data, self.folder.codes(k)
+            data = cached_data(data, sources, config, name, model.vision_tokenizer, codes, accelerator, log)
         torch.manual_seed(_stage_seed(self.recipe.seed, k) + 1)
         stage = Stage(config, name, model, data, accelerator, log, self.folder.checkpoints)
         stage.resume()
@@ -117,6 +122,8 @@ class Run:
             self._save_stage(k, model, processor)
             for leftover in self.folder.checkpoints.glob(f"{name}-*"):
                 shutil.rmtree(leftover)
+            if config.cached_codes is True:
+                shutil.rmtree(self.folder.codes(k))
         accelerator.wait_for_everyone()
         accelerator.free_memory()
 
@@ -262,7 +269,7 @@ def _check_examples(mixture: Mixture, config: StageConfig, processor: EttProcess
         DataError: an example that cannot be used, or no pictures or no answers among them.
     """
     encoded = encode_all(mixture, PROBED_DRAWS, processor, max_length)
-    if not any(item.pixel_values for item in encoded):
+    if not any(item.num_images for item in encoded):
         raise DataError(
             f"Stage {config.stage}: none of the first {PROBED_DRAWS} examples has a picture. Check the data."
         )

@@ -91,8 +91,9 @@ class ModelSpec:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
-def build_vision_tokenizer(spec: ModelSpec) -> VisionTokenizer:
-    """The recipe's tokenizer, loaded or with fresh weights from the global random state.
+def build_vision_tokenizer(spec: ModelSpec, *, weights: bool = True) -> VisionTokenizer:
+    """The recipe's tokenizer, loaded or with fresh weights from the global random state; without `weights`, from its
+    configuration alone and on the meta device.
 
     Raises:
         RecipeError: an unknown key or a size that the tokenizer cannot divide. ModelError: a path without a tokenizer.
@@ -101,9 +102,10 @@ def build_vision_tokenizer(spec: ModelSpec) -> VisionTokenizer:
         extra = sorted(set(spec.vision_tokenizer) - {"path"})
         if extra:
             raise RecipeError(f"model.vision_tokenizer has a path, so it cannot set {', '.join(extra)} as well.")
-        tokenizer = load_vision_tokenizer(find_weights(spec.vision_tokenizer["path"]))
+        tokenizer = load_vision_tokenizer(find_weights(spec.vision_tokenizer["path"]), weights=weights)
     else:
-        tokenizer = VisionTokenizer.from_config(spec.vision_tokenizer, "model.vision_tokenizer")
+        with torch.device("cpu" if weights else "meta"):
+            tokenizer = VisionTokenizer.from_config(spec.vision_tokenizer, "model.vision_tokenizer")
     num_positions(tokenizer, spec.projector.merge_size, spec.size)
     return tokenizer
 
@@ -245,23 +247,24 @@ def check_model(spec: ModelSpec) -> None:
     if spec.init is not None:
         find_weights(spec.init)
         return
-    if "path" in spec.vision_tokenizer:
-        tokenizer = build_vision_tokenizer(spec)
-    else:
-        with torch.device("meta"):
-            tokenizer = build_vision_tokenizer(spec)
+    # a folder is read to the end: its weights may be damaged
+    tokenizer = build_vision_tokenizer(spec, weights="path" in spec.vision_tokenizer)
     if spec.language_model is not None:
         build_model(spec, tokenizer.to("meta"), weights=False)
 
 
-def start_from(directory: Path, spec: ModelSpec) -> tuple[EttForConditionalGeneration, EttProcessor]:
+def start_from(
+    directory: Path, spec: ModelSpec, *, weights: bool = True
+) -> tuple[EttForConditionalGeneration, EttProcessor]:
     """A saved model as the start of a run, with the recipe's visual input, adapters and chat template.
+
+    `weights=False` reads its configuration alone and builds it on the meta device.
 
     Raises:
         RecipeError: the recipe also describes parts that the saved model already has.
         ModelError: the model cannot be loaded, or reads indices where the recipe says embeddings.
     """
-    model, processor = load_model(directory)
+    model, processor = load_model(directory, weights=weights)
     images = processor.image_processor
     fixed = {
         "image_size": spec.size in ((256, 256), (images.height, images.width)),
@@ -286,7 +289,8 @@ def start_from(directory: Path, spec: ModelSpec) -> tuple[EttForConditionalGener
             nn.init.normal_(model.index_embedding.weight)
     if spec.lora is not None and model.config.lora is None:
         model.config.lora = spec.lora
-        inject_lora(model.language_model, spec.lora)
+        with torch.device("cpu" if weights else "meta"):
+            inject_lora(model.language_model, spec.lora)
     if spec.chat_template != "lm":
         processor.chat_template = _template(spec.chat_template)
         check_template(processor)

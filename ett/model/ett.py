@@ -20,6 +20,9 @@ from ett.model.projector import Projector
 from ett.tokenizers import VisionTokenizer
 from ett.types import IGNORE_INDEX, Quantized
 
+PICTURES = ("pixel_values", "image_indices")
+"""The two forms in which `forward` takes pictures."""
+
 
 @dataclass
 class EttOutput(ModelOutput):
@@ -134,10 +137,14 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # -- the figure ----------------------------------------------------------------------------------------------------
 
-    def visual_embeddings(self, quantized: Quantized, reaches_tokenizer: bool = True) -> Tensor:
-        """Projected visual positions, float[I, N / n**2, C], of quantized images."""
+    def visual_embeddings(self, quantized: Quantized | Tensor, reaches_tokenizer: bool = True) -> Tensor:
+        """Projected visual positions, float[I, N / n**2, C], of quantized images or of int64[I, h, w] indices; from indices
+        nothing reaches the tokenizer."""
         if self.index_embedding is not None:
-            embeddings = self.index_embedding(quantized.indices).permute(0, 3, 1, 2)
+            indices = quantized if isinstance(quantized, Tensor) else quantized.indices
+            embeddings = self.index_embedding(indices).permute(0, 3, 1, 2)
+        elif isinstance(quantized, Tensor):
+            embeddings = self.vision_tokenizer.quantize.lookup(quantized).detach()
         elif reaches_tokenizer:
             embeddings = quantized.embeddings
         else:
@@ -155,7 +162,7 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if visual is None:
             if bool(is_image.any()):
-                raise ValueError("input_ids hold image placeholders, but no pixel_values were given.")
+                raise ValueError("input_ids hold image placeholders, but no pixel_values or image_indices were given.")
             return cast(Tensor, embeds)
         if int(is_image.sum()) != visual.shape[0] * visual.shape[1]:
             raise ValueError(
@@ -178,6 +185,7 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | float | None = None,
         tokenizer_share: float | None = None,
         loss_config: LossConfig | None = None,
+        image_indices: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> EttOutput:
@@ -195,8 +203,12 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             tokenizer_share: of this call's pictures among those of the step, the factor of L_vq under accumulation; None takes
                 1, or the share of supervised tokens where `num_items_in_batch` tells that there are more micro-batches.
             loss_config: weights; None takes the saved configuration's.
+            image_indices: int64[I, h, w] in [0, K), `vision_tokenizer.tokenize(pixel_values)` of a frozen tokenizer in place of
+                `pixel_values` (`ett.data.codes`): the same embeddings, without the encoder. There is then no L_vq.
         """
         weights = loss_config or self.config.loss_config
+        if image_indices is not None:
+            _check_indices(pixel_values, labels is not None and weights.tokenizer_weight > 0)
         quantized = reconstruction = None
         if pixel_values is not None and pixel_values.shape[0] > 0:
             features = self.vision_tokenizer.encode(pixel_values)
@@ -204,7 +216,8 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give input_ids or inputs_embeds.")
-            visual = None if quantized is None else self.visual_embeddings(quantized, weights.caption_reaches_tokenizer)
+            seen = image_indices if quantized is None else quantized
+            visual = None if seen is None else self.visual_embeddings(seen, weights.caption_reaches_tokenizer)
             inputs_embeds = self.embed(input_ids, visual)
         if (
             position_ids is None
@@ -251,22 +264,24 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         # beams repeat rows; pictures belong to rows, of which each may have any number
-        pixel_values = kwargs.pop("pixel_values", None)
+        pictures = {name: kwargs.pop(name, None) for name in PICTURES}
         expanded, rest = super()._expand_inputs_for_generation(  # type: ignore[misc]  # typed for a protocol
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=cast(torch.LongTensor, input_ids),
             **kwargs,
         )
-        if pixel_values is not None and len(pixel_values) > 0 and input_ids is not None and expand_size > 1:
-            pixel_values = _repeat_pictures(pixel_values, input_ids == self.config.image_token_id, expand_size)
-        return expanded, {**rest, "pixel_values": pixel_values}
+        for name, given in pictures.items():
+            if given is not None and len(given) > 0 and input_ids is not None and expand_size > 1:
+                pictures[name] = _repeat_pictures(given, input_ids == self.config.image_token_id, expand_size)
+        return expanded, {**rest, **pictures}
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # one argument more; the rest goes through kwargs
+    def prepare_inputs_for_generation(  # type: ignore[override]  # arguments more; the rest goes through kwargs
         self,
         input_ids: Tensor,
         past_key_values: Cache | None = None,
         pixel_values: Tensor | None = None,
+        image_indices: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -278,22 +293,32 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         # pictures are read once, with the prompt; later steps find them in the cache
         if is_first_iteration or not kwargs.get("use_cache", True):
-            inputs["pixel_values"] = pixel_values
+            inputs |= {"pixel_values": pixel_values, "image_indices": image_indices}
         return inputs
 
 
-def _repeat_pictures(pixel_values: Tensor, is_image: Tensor, times: int) -> Tensor:
+def _check_indices(pixel_values: Tensor | None, with_tokenizer_loss: bool) -> None:
+    """Raise ValueError where indices cannot stand in for pixels."""
+    if pixel_values is not None and len(pixel_values) > 0:
+        raise ValueError("Both pixel_values and image_indices are given. Give pictures in one form.")
+    if with_tokenizer_loss:
+        raise ValueError(
+            "L_vq needs the pictures: give pixel_values, or with image_indices a loss_config whose tokenizer_weight is 0."
+        )
+
+
+def _repeat_pictures(pictures: Tensor, is_image: Tensor, times: int) -> Tensor:
     """Each conversation's pictures, `times` over, conversation by conversation.
 
     Args:
-        pixel_values: [I, 3, H, W] in reading order. is_image: bool[B, T], the placeholders.
+        pictures: [I, ...] in reading order. is_image: bool[B, T], the placeholders.
 
     Returns:
-        [I * times, 3, H, W], as rows that were each repeated `times` over read them.
+        [I * times, ...], as rows that were each repeated `times` over read them.
     """
-    positions = int(is_image.sum()) // pixel_values.shape[0]
+    positions = int(is_image.sum()) // len(pictures)
     counts = (is_image.sum(dim=1) // positions).tolist()
-    return torch.cat([pictures.repeat(times, 1, 1, 1) for pictures in pixel_values.split(counts)])
+    return torch.cat([own for each in pictures.split(counts) for own in [each] * times])
 
 
 def _keep(targets: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ett.model.smollm2 import NAME as SMOLLM2
 from ett.model.smollm2 import prepare_smollm2
 from ett.model.text import byte_tokenizer
 from ett.tokenizers import VisionTokenizer
-from ett.tokenizers.base import channels_last
+from ett.tokenizers.base import CONFIG_NAME, channels_last
 
 SHIPPED_WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 """Small trained parts that come with the package."""
@@ -73,16 +73,32 @@ def is_saved_model(directory: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") == EttConfig.model_type
 
 
-def load_vision_tokenizer(directory: Path) -> VisionTokenizer:
-    """A tokenizer from its own folder or out of a saved model's."""
+def load_vision_tokenizer(directory: Path, *, weights: bool = True) -> VisionTokenizer:
+    """A tokenizer from its own folder or out of a saved model's; without `weights`, on the meta device."""
+    if not weights:
+        return _tokenizer_without_weights(directory)
     if not is_saved_model(directory):
         return VisionTokenizer.from_pretrained(directory)
     tokenizer: VisionTokenizer = load_model(directory)[0].vision_tokenizer
     return tokenizer
 
 
-def load_model(directory: Path) -> tuple[EttForConditionalGeneration, EttProcessor]:
-    """A saved model in evaluation mode, and its processor.
+def _tokenizer_without_weights(directory: Path) -> VisionTokenizer:
+    if is_saved_model(directory):
+        mapping = _config_of(directory).vision_tokenizer
+    else:
+        mapping = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+        mapping.pop("model_type", None)
+    with torch.device("meta"):
+        return VisionTokenizer.from_config(mapping, str(directory / CONFIG_NAME)).eval()
+
+
+def _config_of(directory: Path) -> EttConfig:
+    return _guarded(f"The model in {directory}", lambda: EttConfig.from_pretrained(directory))
+
+
+def load_model(directory: Path, *, weights: bool = True) -> tuple[EttForConditionalGeneration, EttProcessor]:
+    """A saved model in evaluation mode, and its processor; without `weights`, the model is on the meta device.
 
     Raises:
         ModelError: no model there, a damaged file, or weights that do not fit the configuration.
@@ -92,7 +108,12 @@ def load_model(directory: Path) -> tuple[EttForConditionalGeneration, EttProcess
             f"{directory} has no processor_config.json. Save the processor beside the model (processor.save_pretrained), or "
             "give another folder."
         )
-    model = _complete(f"The model in {directory}", EttForConditionalGeneration.from_pretrained, directory)
+    if weights:
+        model = _complete(f"The model in {directory}", EttForConditionalGeneration.from_pretrained, directory)
+    else:
+        config = _config_of(directory)
+        with torch.device("meta"):
+            model = EttForConditionalGeneration(config)
     processor: EttProcessor = _guarded(f"The processor in {directory}", lambda: EttProcessor.from_pretrained(directory))
     channels_last(model.vision_tokenizer)
     return model.eval(), processor

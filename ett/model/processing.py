@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,17 @@ class EttImageProcessor(BaseImageProcessor):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as ids: int lists of equal length, and its pictures float32[3, H, W]."""
+    """One conversation as ids: int lists of equal length, and its pictures, float32[3, H, W] or as int[h, w] indices."""
 
     input_ids: list[int]
     labels: list[int]
     pixel_values: list[np.ndarray]
     id: str
+    image_indices: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.pixel_values) + len(self.image_indices)
 
 
 class EttProcessor(ProcessorMixin):
@@ -98,10 +103,8 @@ class EttProcessor(ProcessorMixin):
         """
         input_ids, labels = self.tokenize_conversation(example.messages, example.id)
         num_pictures = sum(part["type"] == "image" for message in example.messages for part in message["content"])
-        if num_pictures != len(example.images):
-            raise DataError(
-                f"Example {example.id!r} mentions {num_pictures} pictures and brings {len(example.images)}."
-            )
+        if num_pictures != example.num_images:
+            raise DataError(f"Example {example.id!r} mentions {num_pictures} pictures and brings {example.num_images}.")
         if max_length is not None and len(input_ids) > max_length:
             cut, lost = labels[:max_length], input_ids[max_length:]
             if self.image_token_id in lost or all(label == IGNORE_INDEX for label in cut):
@@ -111,7 +114,7 @@ class EttProcessor(ProcessorMixin):
                 )
             input_ids, labels = input_ids[:max_length], cut
         pixels = [self.image_processor.fit(image)[0] for image in example.images]
-        return Encoded(input_ids, labels, pixels, example.id)
+        return Encoded(input_ids, labels, pixels, example.id, list(example.image_indices or ()))
 
     def collate(self, items: Sequence[Encoded], padding_side: str = "right") -> Batch:
         """Pad encoded examples to the longest and stack them."""
@@ -124,12 +127,14 @@ class EttProcessor(ProcessorMixin):
         pad_id = self.pad_token_id
         pixels = [pixel for item in items for pixel in item.pixel_values]
         size = (0, 3, self.image_processor.height, self.image_processor.width)
+        indices = [each for item in items for each in item.image_indices]
         return Batch(
             pixel_values=torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(size),
             input_ids=torch.tensor([padded(item.input_ids, pad_id) for item in items]),
             attention_mask=torch.tensor([padded([1] * len(item.input_ids), 0) for item in items]),
             labels=torch.tensor([padded(item.labels, IGNORE_INDEX) for item in items]),
             ids=[item.id for item in items],
+            image_indices=torch.from_numpy(np.stack(indices).astype(np.int64)) if indices else None,
         )
 
     def prompt(self, examples: Sequence[Example]) -> Batch:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ett.errors import ModelError
+from ett.files import fsync, fsync_tree
 
 
 class Stateful(Protocol):
@@ -143,8 +143,7 @@ def list_checkpoints(directory: Path, stage: str) -> list[Checkpoint]:
 
 def publish(work: Path, target: Path) -> None:
     """Move a finished folder to its final name so that a crash leaves either the whole of it or nothing."""
-    for path in [*work.rglob("*"), work]:
-        _fsync(path)
+    fsync_tree(work)
     if target.exists():
         # re-done work (a resumed run saving the same step): the old folder goes aside first, a rename cannot replace it
         aside = target.with_name(f".{target.name}.old")
@@ -154,7 +153,7 @@ def publish(work: Path, target: Path) -> None:
         shutil.rmtree(aside)
     else:
         work.rename(target)
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
 def random_state() -> dict[str, Any]:
@@ -170,14 +169,6 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

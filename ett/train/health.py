@@ -19,7 +19,6 @@ from torch import Tensor
 from ett.config import require
 from ett.data.mixture import Mixture
 from ett.errors import UserError
-from ett.losses.caption import supervised_columns
 from ett.losses.joint import LossConfig, tokenizer_losses
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.processing import Encoded, EttProcessor
@@ -38,7 +37,7 @@ from ett.train.measures import (
     undisturbed,
     usage_values,
 )
-from ett.train.objectives import Losses
+from ett.train.objectives import Losses, run_model
 from ett.types import Batch
 
 GRADIENT_EXAMPLES = 8
@@ -295,15 +294,8 @@ class HealthMonitor:
                 reconstruction, quantized = self.model(batch.pixel_values, entropy=losses.entropy_weight > 0)
                 terms = tokenizer_losses(batch.pixel_values, reconstruction, quantized, losses)
             else:
-                output = self.model(
-                    input_ids=batch.input_ids,
-                    pixel_values=batch.pixel_values,
-                    attention_mask=batch.attention_mask,
-                    labels=batch.labels,
-                    logits_to_keep=supervised_columns(batch.labels),
-                    loss_config=losses,
-                    use_cache=False,
-                )
+                output = run_model(self.model, batch, losses)
+                assert output.losses is not None
                 terms, reconstruction = dict(output.losses), output.reconstruction
             if self.critics is not None and reconstruction is not None:
                 terms |= self.critics.judge(reconstruction, batch.pixel_values[: len(reconstruction)], step)[1]

@@ -27,7 +27,8 @@ class RunLog:
 
     Events: ``step`` (losses unweighted by name, gradient norm, learning rates, images_per_second), ``validation`` (the same
     names), ``reach`` (gradient norms of the caption loss by part), ``codes_placed`` (mean squared distance of features to their
-    nearest code), ``health`` (values and gradient norms by place and loss, `ett.train.measures`), ``warning`` (kind, message).
+    nearest code), ``codes_cached`` (examples encoded before the first step), ``health`` (values and gradient norms by place and
+    loss, `ett.train.measures`), ``warning`` (kind, message).
     Each carries stage, step and seconds since the epoch.
     """
 
@@ -90,6 +91,15 @@ class RunLog:
         if self.plain:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
             print(f"{stage} {step}  validation: {shown}", file=sys.stderr, flush=True)
+
+    def encoding(self, stage: str, done: int, total: int) -> None:
+        """How far the code cache of a stage is, examples of this process."""
+        if done == total:
+            self._write("codes_cached", stage, 0, examples=total)
+        now = time.monotonic()
+        if self.plain and (now - self._last_line > LINE_SECONDS or done == total):
+            self._last_line = now
+            print(f"{stage}: codes of {done}/{total} examples", file=sys.stderr, flush=True)
 
     def codes_placed(self, stage: str, step: int, distance: float) -> None:
         self._write("codes_placed", stage, step, mean_squared_distance=distance)

@@ -22,7 +22,7 @@ from ett.data.mixture import DrawSampler, EncodedDraws, Mixture
 from ett.errors import DataError, RecipeError, UserError
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.processing import Encoded, EttProcessor
-from ett.signals import noted_signals
+from ett.signals import leave_signals_to_the_parent, noted_signals
 from ett.tokenizers import VisionTokenizer
 from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 from ett.train.average import WeightAverage
@@ -228,7 +228,7 @@ class Stage:
         counts = torch.tensor(
             [
                 sum(batch.num_supervised for batch in micro_batches),
-                sum(len(batch.pixel_values) for batch in micro_batches),
+                sum(batch.num_images for batch in micro_batches),
             ],
             device=self.accelerator.device,
         )
@@ -238,7 +238,7 @@ class Stage:
         totals: Losses = {}
         statistics = self.critics.statistics() if self.critics is not None and self.back_offs.allowed else []
         for i, batch in enumerate(micro_batches):
-            shares = Shares(tokens, len(batch.pixel_values) / images)
+            shares = Shares(tokens, batch.num_images / images)
             synced = i == len(micro_batches) - 1
             with nullcontext() if synced else self.accelerator.no_sync(self.objective):
                 loss, losses = self._losses(batch, shares)
@@ -350,7 +350,7 @@ class Stage:
             batch_sampler=sampler,
             collate_fn=_Collate(self.data.processor),
             num_workers=self.data.num_workers,
-            worker_init_fn=_leave_signals_to_the_loop,
+            worker_init_fn=leave_signals_to_the_parent,
             # its own generator: a loader otherwise draws its workers' seed from the state that training resumes
             generator=torch.Generator(),
         )
@@ -369,7 +369,7 @@ class Stage:
     def _check_freezing(self, batches: list[Batch]) -> None:
         """Assert, with gradients, what trains. A step without pictures or answers can tell nothing and is let pass."""
         assert isinstance(self.model, EttForConditionalGeneration)
-        batch = next((batch for batch in batches if len(batch.pixel_values) > 0 and batch.num_supervised > 0), None)
+        batch = next((batch for batch in batches if batch.num_images > 0 and batch.num_supervised > 0), None)
         if batch is None:
             return
         with self.accelerator.autocast():
@@ -397,13 +397,6 @@ class _Collate:
                 return item
             encoded.append(item)
         return self.processor.collate(encoded)
-
-
-def _leave_signals_to_the_loop(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal, a scheduler's SIGTERM every process of the job. The loop answers both by
-    saving, which needs its workers to the end of the step; a worker ends when the loop tells it to or is gone."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
 
 
 def encode_all(mixture: Mixture, count: int, processor: EttProcessor, max_length: int | None) -> list[Encoded]:

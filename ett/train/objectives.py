@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ett.generate.fidelity import psnr
 from ett.losses.caption import supervised_columns
 from ett.losses.joint import LossConfig, reconstruction_loss, tokenizer_loss, tokenizer_losses
-from ett.model.ett import EttForConditionalGeneration
+from ett.model.ett import EttForConditionalGeneration, EttOutput
 from ett.tokenizers import VisionTokenizer
 from ett.types import Batch
 
@@ -43,6 +43,26 @@ class Shares:
 
     num_supervised: float
     images: float
+
+
+def run_model(model: EttForConditionalGeneration, batch: Batch, loss_config: LossConfig, **options: Any) -> EttOutput:
+    """`model` on a whole batch with its labels; the head runs on supervised positions alone.
+
+    Args:
+        options: the forward's other arguments.
+    """
+    output: EttOutput = model(
+        input_ids=batch.input_ids,
+        pixel_values=batch.pixel_values,
+        image_indices=batch.image_indices,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        logits_to_keep=supervised_columns(batch.labels),
+        loss_config=loss_config,
+        use_cache=False,
+        **options,
+    )
+    return output
 
 
 class TokenizerObjective(nn.Module):
@@ -88,17 +108,9 @@ class JointObjective(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, loss_config: LossConfig, shares: Shares) -> ObjectiveOutput:
-        """The loss is the model's own; the head runs on supervised positions alone."""
-        output = self.model(
-            input_ids=batch.input_ids,
-            pixel_values=batch.pixel_values,
-            attention_mask=batch.attention_mask,
-            labels=batch.labels,
-            logits_to_keep=supervised_columns(batch.labels),
-            num_items_in_batch=shares.num_supervised,
-            tokenizer_share=shares.images,
-            loss_config=loss_config,
-            use_cache=False,
+        """The loss is the model's own."""
+        output = run_model(
+            self.model, batch, loss_config, num_items_in_batch=shares.num_supervised, tokenizer_share=shares.images
         )
         assert output.loss is not None
         assert output.losses is not None

@@ -13,12 +13,12 @@ from ett.config import require
 from ett.data.mixture import SourceConfig
 from ett.errors import RecipeError
 from ett.losses.adversarial import DiscriminatorConfig
-from ett.losses.caption import supervised_columns
 from ett.losses.joint import LossConfig
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.lora import is_lora_parameter
 from ett.train.health import HealthConfig
 from ett.train.measures import tokenizer_probes
+from ett.train.objectives import run_model
 from ett.train.optim import OptimizerConfig
 from ett.types import Batch
 
@@ -32,6 +32,9 @@ _TRAINS: dict[str, tuple[PartName, ...]] = {
     "semantic": ("vision_tokenizer", "projector", "language_model"),
     "chat": ("projector", "language_model"),
 }
+CACHEABLE: tuple[StageName, ...] = ("align", "chat")
+"""Stages that may read a code cache. "semantic" never does, not even an arm that freezes the tokenizer: what arms are compared
+by must not depend on the road that pictures take."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class StageConfig:
             ends with. null ends with the weights themselves.
         gradient_checkpointing: trade compute for memory in the language model.
         health: how the tokenizer is watched while it trains, and what a collapse or a non-finite loss does.
+        cached_codes: true encodes every picture once, before the first step, and trains on the indices (`ett.data.codes`); they
+            are dropped with the end of the stage. A path keeps them in that folder, for other runs too. For "align" and
+            "chat" with a frozen tokenizer alone.
     """
 
     stage: StageName
@@ -78,6 +84,7 @@ class StageConfig:
     ema_decay: float | None = None
     gradient_checkpointing: bool = False
     health: HealthConfig = HealthConfig()
+    cached_codes: bool | str = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):
@@ -99,6 +106,12 @@ class StageConfig:
                 )
         if self.data is not None:
             require(len(self.data) >= 1, "data", self.data, "a non-empty list of sources")
+        if self.cached_codes and (self.stage not in CACHEABLE or "vision_tokenizer" in self.parts):
+            why = f"trains {', '.join(self.parts)}" if self.stage in CACHEABLE else "reads pictures"
+            raise RecipeError(
+                f"cached_codes is for the stages {' and '.join(CACHEABLE)} with a frozen vision tokenizer; this {self.stage} "
+                f"stage {why}. Leave it out."
+            )
 
     @property
     def parts(self) -> tuple[PartName, ...]:
@@ -168,14 +181,8 @@ def caption_reach(model: EttForConditionalGeneration, batch: Batch, losses: Loss
     """
     random_state = torch.get_rng_state()
     probes = [(name, tensor) for name, tensor in _probes(model) if tensor.requires_grad]
-    output = model(
-        input_ids=batch.input_ids,
-        pixel_values=batch.pixel_values,
-        attention_mask=batch.attention_mask,
-        labels=batch.labels,
-        logits_to_keep=supervised_columns(batch.labels),
-        loss_config=replace(losses, tokenizer_weight=0.0),
-    )
+    output = run_model(model, batch, replace(losses, tokenizer_weight=0.0))
+    assert output.losses is not None
     grads = torch.autograd.grad(output.losses["caption_loss"], [tensor for _, tensor in probes], allow_unused=True)
     torch.set_rng_state(random_state)
     norms = {name: 0.0 for name, _ in _probes(model)}
