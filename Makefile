@@ -8,6 +8,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/demo
+WORKERS ?= 2
+# toy models gain nothing from a second thread; what is left of a long queue is stolen from its worker
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # two threads that spin at barriers starve each other on a small machine (docs/LOG.md)
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -20,10 +23,10 @@ demo: install
 	$(BIN)/ett demo --out $(OUT) $$(test -f $(OUT)/comparison.json && echo --resume)
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint types
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: dev
 	$(BIN)/ruff check .

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,11 @@ import PIL.Image
 import pytest
 import torch
 from transformers.utils import logging
+
+from ett.config import from_mapping
+from ett.experiments.recipe import Recipe
+from ett.experiments.run import Run
+from ett.train import loop
 
 logging.disable_progress_bar()
 
@@ -47,6 +55,20 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: `gc.collect`, which follows every stage, need not walk through all of it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, and what a killed process wrote is there without `os.fsync`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -55,8 +77,48 @@ def _seed() -> None:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """A folder with 12 pictures of different sizes and a manifest of questions and answers about them."""
+    return _write_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def toy_recipe(pictures: Path) -> dict[str, Any]:
+    """Every stage, three steps each, on the toy pictures."""
+    return _recipe_on(pictures)
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `toy_recipe` on pictures of its own, made once: for reading, and for copies to change."""
+    folder = tmp_path_factory.mktemp("toy")
+    given = _recipe_on(_write_pictures(folder / "pictures"))
+    Run(from_mapping(Recipe, given), folder / "run").train()
+    return folder / "run"
+
+
+class Killed(Exception):
+    """Ends a run where a test wants it to end."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """Training dies as it begins its `step`-th step, counted over stages."""
+    plain, taken = loop.Stage._train_step, 0
+
+    def dying(self: Any, batches: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            raise Killed
+        return plain(self, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Stage, "_train_step", dying)
+        with pytest.raises(Killed):
+            yield
+
+
+def _write_pictures(folder: Path) -> Path:
     rng = np.random.default_rng(0)
-    folder = tmp_path / "pictures"
     folder.mkdir()
     lines = []
     for i in range(12):
@@ -69,9 +131,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def toy_recipe(pictures: Path) -> dict[str, Any]:
-    """Every stage, three steps each, on the toy pictures."""
+def _recipe_on(pictures: Path) -> dict[str, Any]:
     return {
         "name": "toy",
         "model": {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -46,12 +48,14 @@ def recipe(toy_recipe: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def trained(recipe: Path, tmp_path: Path, run: Run) -> Path:
-    code, out, _ = run("train", recipe, "--out", tmp_path / "run")
-    assert code == 0
-    assert out.strip() == str(tmp_path / "run" / "stages" / "3-chat")
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `ett train` leaves; to be read alone."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(["train", str(toy_run / "recipe.yaml"), "--out", str(out)]) == 0
+    assert said.getvalue().strip() == str(out / "stages" / "3-chat")
+    return out
 
 
 def bomb(path: Path) -> Path:

@@ -163,6 +163,18 @@ def test_bootstrap() -> None:
     assert bootstrap_interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
 
 
+@pytest.mark.parametrize("count", [2, 7, 1000])
+def test_bootstrap_is_the_plain_loop(count: int) -> None:
+    rng = np.random.default_rng(count)
+    values, weights = rng.normal(size=count), rng.integers(1, 9, count).astype(float)
+    draws, means = np.random.default_rng(5), []
+    for _ in range(600):
+        drawn = draws.integers(0, count, count)
+        means.append(values[drawn].sum() / weights[drawn].sum())
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert bootstrap_interval(values, weights, samples=600, seed=5) == (low, high)
+
+
 def test_bootstrap_of_a_ratio() -> None:
     # each example has 2 nats a token, whatever its length
     assert bootstrap_interval([2.0, 20.0, 8.0], [1, 10, 4]) == (2.0, 2.0)

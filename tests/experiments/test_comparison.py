@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from ett.experiments.ablate import ablate, run_only
 from ett.experiments.comparison import is_comparison, load_comparison
 from ett.experiments.comparison_report import write_comparison_report
 from ett.experiments.recipe import load_recipe
-from ett.experiments.run import Run, load_model
+from ett.experiments.run import load_model
 from ett.model.build import start_from
 from ett.train.log import read_log
 
@@ -34,20 +35,20 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def start(toy_recipe: dict[str, Any], tmp_path: Path) -> Path:
-    """A saved model that has seen a step of training."""
-    path = tmp_path / "start.yaml"
-    given = {**toy_recipe, "stages": [{"stage": "align", "steps": 1, "batch_size": 4}]}
-    given["model"]["language_model"]["config"]["attention_dropout"] = 0.0
-    path.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
-    return Run(load_recipe(path), tmp_path / "start").train()
-
-
-@pytest.fixture
-def recipe(toy_recipe: dict[str, Any], start: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def recipe(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All arms, ten steps from a model that has seen a few."""
+    folder = tmp_path_factory.mktemp("recipe")
+    start = Path(shutil.copytree(toy_run / "stages" / "1-align", folder / "start"))
+    config = (start / "config.json").read_text(encoding="utf-8")
+    assert '"attention_dropout": 0.1' in config
+    # arms are compared from their first step on, where dropout would tell them apart
+    (start / "config.json").write_text(config.replace('"attention_dropout": 0.1', '"attention_dropout": 0.0'))
     given = {
-        **toy_recipe,
+        "name": "arms",
+        "precision": "fp32",
+        "num_workers": 0,
+        "trackers": [],
         "arms": ARMS,
         "model": {"init": str(start), "image_size": 32},
         "data": [
@@ -57,19 +58,27 @@ def recipe(toy_recipe: dict[str, Any], start: Path, tmp_path: Path) -> Path:
         "stages": [
             {
                 "stage": "semantic",
-                "steps": 3,
+                "steps": 10,
                 "batch_size": 4,
                 "log_every": 1,
                 "checkpoint_every": 1,
-                "validate_every": 1,
+                "validate_every": 4,
                 "optimizer": {"learning_rate": 1e-3, "learning_rates": {"vision_tokenizer": 1e-2}},
             }
         ],
         "evaluation": {"limit": 4, "report_split": "heldout", "report_limit": 3},
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def compared(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished comparison, its arms trained in processes of their own."""
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    assert ablate(recipe, out, jobs=2) == out / "report.html"
+    return out
 
 
 def test_arms_start_as_the_same_function_on_the_same_data(recipe: Path) -> None:
@@ -87,9 +96,8 @@ def test_arms_start_as_the_same_function_on_the_same_data(recipe: Path) -> None:
     assert len({str((arm.recipe.data, arm.recipe.seed, arm.recipe.stages[0].steps)) for arm in comparison.arms}) == 1
 
 
-def test_all_arms_are_trained_measured_and_reported(recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    report = ablate(recipe, out, jobs=2)
+def test_all_arms_are_trained_measured_and_reported(recipe: Path, compared: Path) -> None:
+    out, report = compared, compared / "report.html"
     summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert list(summary["arms"]) == list(ARMS)
     assert set(summary["differences"]) == {f"{name} - ett" for name in ARMS if name != "ett"}
@@ -100,7 +108,7 @@ def test_all_arms_are_trained_measured_and_reported(recipe: Path, tmp_path: Path
         moved = arm["metrics"]["indices_changed"]["value"]
         assert (moved > 0) == (name in ("ett", "reconstruction_only")), name
         kinds = [e["losses"] for e in read_log(out / name / "log.jsonl") if e["event"] == "step"]
-        assert len(kinds) == 3
+        assert len(kinds) == 10
     assert summary["start"]["metrics"]["indices_changed"]["value"] == 0
     found = summary["differences"]["embedding_frozen - ett"]["caption_loss"]
     values = [summary["arms"][name]["metrics"]["caption_loss"]["value"] for name in ("embedding_frozen", "ett")]
@@ -119,10 +127,13 @@ def test_all_arms_are_trained_measured_and_reported(recipe: Path, tmp_path: Path
     assert max(first.values()) - min(first.values()) < 1e-6
 
 
-def test_seeds_have_folders_of_their_own(recipe: Path, tmp_path: Path) -> None:
+def test_seeds_have_folders_of_their_own(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    overrides = ["seeds=[3, 4]", "arms={reconstruction_only: {}, ett: {stages.semantic.steps: 2}}"]
-    ablate(recipe, out, overrides, jobs=1)
+    # in this process: what is tested is what they leave behind
+    monkeypatch.setattr(ablate_module, "_run_all", lambda pending, *_: [run_only(out, job.key) for job in pending])
+    arms = "arms={reconstruction_only: {}, ett: {stages.semantic.steps: 2}}"
+    overrides = ["seeds=[3, 4]", "stages.semantic.steps=3", arms]
+    ablate(recipe, out, overrides)
     summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
     arm = summary["arms"]["ett"]
     assert list(arm["seeds"]) == ["3", "4"]
@@ -133,38 +144,36 @@ def test_seeds_have_folders_of_their_own(recipe: Path, tmp_path: Path) -> None:
     assert summary["differences"]["reconstruction_only - ett"]["caption_loss"]["num_seeds"] == 2
 
 
-def test_stopped_and_resumed_equals_uninterrupted(recipe: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ett.cli", "ablate", str(recipe), "stages.semantic.steps=12", "--jobs", "2"]
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True, timeout=300)
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "cut" / "reconstruction_only" / "log.jsonl"
+def test_stopped_and_resumed_equals_uninterrupted(recipe: Path, compared: Path, tmp_path: Path) -> None:
+    names = ("reconstruction_only", "ett")
+    arms = f"arms={json.dumps({name: ARMS[name] for name in names})}"
+    out = tmp_path / "cut"
+    command = [sys.executable, "-m", "ett.cli", "ablate", str(recipe), arms, "--jobs", "2", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = out / "reconstruction_only" / "log.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.is_file() and len(read_log(log)) > 4):
+    while time.monotonic() < deadline and not (log.is_file() and len(read_log(log)) > 3):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert "--resume" in said
-    again = [*command, "--out", str(tmp_path / "cut"), "--resume"]
-    subprocess.run(again, check=True, capture_output=True, timeout=300)
-    for name in ARMS:
+    ablate(recipe, out, [arms], resume=True, jobs=2)
+    for name in names:
         weights = Path(name) / "stages" / "0-semantic" / "model.safetensors"
-        assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes(), name
+        assert (out / weights).read_bytes() == (compared / weights).read_bytes(), name
     metrics = [
-        json.loads((tmp_path / n / "report.json").read_text())["arms"]["ett"]["metrics"] for n in ("cut", "whole")
+        json.loads((folder / "report.json").read_text(encoding="utf-8"))["arms"]["ett"]["metrics"]
+        for folder in (out, compared)
     ]
     assert metrics[0] == metrics[1]
 
 
-def test_a_failing_arm_is_named_and_the_rest_is_kept(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_arm_is_named_and_the_rest_is_kept(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    bad = (
-        "arms.broken={stages.semantic.optimizer.learning_rate: 1.0e+30, stages.semantic.optimizer.max_grad_norm: null}"
-    )
+    bad = "{stages.semantic.optimizer.learning_rate: 1.0e+30, stages.semantic.optimizer.max_grad_norm: null}"
     with pytest.raises(UserError, match=r"broken:0 ended with exit code 2.*gradient norm.*--resume"):
-        ablate(recipe, out, [bad], jobs=1)
+        ablate(recipe, out, [f"arms={{broken: {bad}, ett: {{}}}}"], jobs=1)
     assert is_comparison(out)
 
 

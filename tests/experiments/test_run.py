@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from ett.tokenizers import VisionTokenizer
 from ett.train import loop as loop_module
 from ett.train.checkpoint import list_checkpoints
 from ett.train.log import read_log
-from tests.conftest import LANGUAGE_MODELS
+from tests.conftest import LANGUAGE_MODELS, Killed, killed_at
 
 
 def recipe_from(given: dict[str, Any]) -> Recipe:
@@ -41,10 +42,9 @@ def digests(run: Path) -> dict[str, str]:
     }
 
 
-def test_all_stages_train_and_hand_over(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    folder = Run(recipe_from(toy_recipe), out).train()
-    assert folder == resolve_model_folder(out) == out / "stages" / "3-chat"
+def test_all_stages_train_and_hand_over(toy_run: Path, toy_recipe: dict[str, Any]) -> None:
+    out = toy_run
+    assert resolve_model_folder(out) == out / "stages" / "3-chat"
     tokenizer = VisionTokenizer.from_pretrained(out / "stages" / "0-tokenizer")
     aligned, _ = load_model(out / "stages" / "1-align")
     semantic, _ = load_model(out / "stages" / "2-semantic")
@@ -61,6 +61,7 @@ def test_all_stages_train_and_hand_over(toy_recipe: dict[str, Any], tmp_path: Pa
     assert not same(semantic.language_model, chat.language_model)
     assert processor.num_image_positions == 16
     # the resolved recipe reads back as itself
+    toy_recipe["data"][0]["path"] = str(out.parent / "pictures" / "manifest.jsonl")
     assert load_recipe(out / "recipe.yaml") == recipe_from(toy_recipe)
 
     events = read_log(out / "log.jsonl")
@@ -93,13 +94,9 @@ def test_training_lowers_both_losses(toy_recipe: dict[str, Any], tmp_path: Path)
         assert last < factor * first, name
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_a_crash_anywhere_then_resume_gives_the_same_weights(
-    seed: int, toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, toy_run: Path, toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Died inside a step, a save or a hand-over, again and again: the resumed run equals the uninterrupted one."""
     if seed == 1:
@@ -110,8 +107,9 @@ def test_a_crash_anywhere_then_resume_gives_the_same_weights(
     if seed == 2:
         toy_recipe["stages"][0]["quantize_after"] = 1
         toy_recipe["model"]["vision_tokenizer"]["similarity"] = "distance"
-    recipe = recipe_from(toy_recipe)
-    Run(recipe, tmp_path / "whole").train()
+    recipe, reference = recipe_from(toy_recipe), toy_run if seed == 0 else tmp_path / "whole"
+    if seed > 0:
+        Run(recipe, reference).train()
     rng = random.Random(seed)
     calls = {"left": 0}
 
@@ -141,8 +139,8 @@ def test_a_crash_anywhere_then_resume_gives_the_same_weights(
         except Killed:
             deaths += 1
     assert deaths >= 2
-    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
-    whole, killed = (read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed"))
+    assert digests(tmp_path / "killed") == digests(reference)
+    whole, killed = (read_log(run / "log.jsonl") for run in (reference, tmp_path / "killed"))
 
     def steps(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
         return [(e["stage"], e["step"], e["losses"]) for e in events if e["event"] == "step"]
@@ -153,7 +151,7 @@ def test_a_crash_anywhere_then_resume_gives_the_same_weights(
 def test_kill_9_then_resume_from_the_command_line(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
     """The real thing: `ett train` killed at a seeded random moment, then --resume."""
     for stage in toy_recipe["stages"]:
-        stage["steps"] = 12
+        stage["steps"] = 8
     toy_recipe["num_workers"] = 1
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(toy_recipe), encoding="utf-8")
@@ -180,7 +178,9 @@ def test_kill_9_then_resume_from_the_command_line(toy_recipe: dict[str, Any], tm
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_say_how_to_resume(number: int, toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_signals_save_and_say_how_to_resume(
+    number: int, toy_run: Path, toy_recipe: dict[str, Any], tmp_path: Path
+) -> None:
     recipe = recipe_from(toy_recipe)
     out = tmp_path / "run"
     run = Run(recipe, out)
@@ -202,9 +202,8 @@ def test_signals_save_and_say_how_to_resume(number: int, toy_recipe: dict[str, A
     assert caught.value.step == 2
     assert [c.step for c in list_checkpoints(out / "checkpoints", "align")][-1] == 2
     assert signal.getsignal(number) is handler
-    Run(recipe, out, resume=True).train()
-    Run(recipe, tmp_path / "whole").train()
-    assert digests(out) == digests(tmp_path / "whole")
+    assert Run(recipe, out, resume=True).train() == out / "stages" / "3-chat"
+    assert digests(out) == digests(toy_run)
 
 
 def test_damaged_checkpoint_is_named(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -326,10 +325,9 @@ def test_folders_are_not_overwritten_by_accident(toy_recipe: dict[str, Any], tmp
     assert (tmp_path / "other" / "precious.txt").exists()
 
 
-def test_starting_from_a_saved_model(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_starting_from_a_saved_model(toy_run: Path, toy_recipe: dict[str, Any], tmp_path: Path) -> None:
     """`model.init` takes a finished model; an index arm gets its table from that model's codebook."""
-    Run(recipe_from(toy_recipe), tmp_path / "base").train()
-    arm = {**toy_recipe, "model": {"image_size": 32, "init": str(tmp_path / "base" / "stages" / "1-align")}}
+    arm = {**toy_recipe, "model": {"image_size": 32, "init": str(toy_run / "stages" / "1-align")}}
     arm["model"]["visual_input"] = "index"
     arm["stages"] = [
         {
@@ -342,7 +340,7 @@ def test_starting_from_a_saved_model(toy_recipe: dict[str, Any], tmp_path: Path)
     ]
     Run(recipe_from(arm), tmp_path / "arm").train()
     model, _ = load_model(tmp_path / "arm")
-    base, _ = load_model(tmp_path / "base" / "stages" / "1-align")
+    base, _ = load_model(toy_run / "stages" / "1-align")
     assert model.index_embedding is not None
     codebook = base.vision_tokenizer.quantize.codebook
     assert torch.equal(model.vision_tokenizer.quantize.codebook, codebook)
@@ -376,6 +374,7 @@ def test_shipped_recipes_take_two_steps(name: str, arm: str | None, tmp_path: Pa
         model["vision_tokenizer"] = {"path": "reader_64px"}
     for stage in given["stages"]:
         stage |= {"steps": 2, "batch_size": 2, "quantize_after": min(1, stage["quantize_after"])}
+        stage["health"] |= {"pictures": 2}
     recipe = recipe_from(given)
     Run(recipe, tmp_path / "run").train()
     finished = {e["stage"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "validation"}
@@ -410,19 +409,8 @@ def test_visual_index_and_lora_survive_a_resume(toy_recipe: dict[str, Any], tmp_
         stage["losses"] = {"tokenizer_weight": 0}
     recipe = recipe_from(toy_recipe)
     Run(recipe, tmp_path / "whole").train()
-    plain = loop_module.Stage._train_step
-    steps = {"taken": 0}
-
-    def dying(self: Any, batches: Any) -> Any:
-        steps["taken"] += 1
-        if steps["taken"] == 7:
-            raise Killed
-        return plain(self, batches)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module.Stage, "_train_step", dying)
-        with pytest.raises(Killed):
-            Run(recipe, tmp_path / "killed").train()
+    with killed_at(7):
+        Run(recipe, tmp_path / "killed").train()
     Run(recipe, tmp_path / "killed", resume=True).train()
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     model, _ = load_model(tmp_path / "killed")
@@ -440,14 +428,12 @@ def test_resume_refuses_changed_data_and_lets_the_loader_change(toy_recipe: dict
         Run(recipe_from(toy_recipe), tmp_path / "run", resume=True)
 
 
-def test_an_emptied_stage_is_done_again(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
-    recipe, out = recipe_from(toy_recipe), tmp_path / "run"
-    Run(recipe, out).train()
-    before = digests(out)
+def test_an_emptied_stage_is_done_again(toy_run: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(toy_run, tmp_path / "run"))
     for path in (out / "stages" / "2-semantic").iterdir():
         path.unlink()
-    Run(recipe, out, resume=True).train()
-    assert digests(out) == before
+    Run(load_recipe(out / "recipe.yaml"), out, resume=True).train()
+    assert digests(out) == digests(toy_run)
 
 
 def test_text_only_examples_among_pictures(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -477,16 +463,15 @@ def test_the_saved_model_carries_the_objective_it_was_trained_on(toy_recipe: dic
     assert model.config.loss_config.entropy_weight == 0.01
 
 
-def test_init_refuses_what_it_cannot_change(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
-    Run(recipe_from(toy_recipe), tmp_path / "base").train()
+def test_init_refuses_what_it_cannot_change(toy_run: Path, toy_recipe: dict[str, Any], tmp_path: Path) -> None:
     stages = [dict(toy_recipe["stages"][1])]
     lora = {"r": 2, "target_modules": ["q_proj"]}
-    given = {**toy_recipe, "stages": stages, "model": {"init": str(tmp_path / "base"), "lora": lora}}
+    given = {**toy_recipe, "stages": stages, "model": {"init": str(toy_run), "lora": lora}}
     given["stages"][0]["trains"] = ["projector", "language_model"]
     Run(recipe_from(given), tmp_path / "lora").train()
     model, _ = load_model(tmp_path / "lora")
     assert model.config.lora == lora
-    given["model"] = {"init": str(tmp_path / "base"), "projector": {"depth": 3}, "image_size": 64}
+    given["model"] = {"init": str(toy_run), "projector": {"depth": 3}, "image_size": 64}
     with pytest.raises(RecipeError, match="brings its own image_size, projector"):
         Run(recipe_from(given), tmp_path / "x").train()
     assert not (tmp_path / "x").exists()

@@ -19,7 +19,8 @@ from ett.experiments.run import Run
 from ett.losses.joint import LossConfig, tokenizer_loss
 from ett.model import EttForConditionalGeneration, EttProcessor
 from ett.model.build import ModelSpec, build_model, build_vision_tokenizer
-from ett.tokenizers import VisionTokenizer
+from ett.tokenizers import IndexBackpropagationQuantizer, VisionTokenizer
+from ett.tokenizers.cnn import Decoder, Encoder
 from ett.train.log import read_log
 from ett.train.optim import OptimizerConfig, build_optimizer
 from ett.train.stages import StageConfig, caption_reach, check_reach, set_trainable, train_mode
@@ -175,6 +176,24 @@ def test_moving_to_a_narrow_type_rounds_no_code(name: str) -> None:
     tokenizer = make(name)
     codes = tokenizer.quantize.codebook.detach().clone()
     assert torch.equal(tokenizer.to(torch.bfloat16).quantize.codebook, codes)
+
+
+@pytest.mark.parametrize("name", ["ibq", "fsq", "lfq"])
+def test_a_seed_stands_for_the_same_fresh_weights(name: str) -> None:
+    """Of the own CNN: the parts draw their weights in this order, under these names, whatever class assembles them."""
+    tokenizer = make(name)
+    config = tokenizer.config
+    torch.manual_seed(0)
+    parts = {"encoder": Encoder(config), "decoder": Decoder(config)}
+    if name == "ibq":
+        parts["quantize"] = IndexBackpropagationQuantizer(config.codebook_size, config.codebook_dim)
+    parts["quant_conv"] = torch.nn.Conv2d(config.z_channels, tokenizer.codebook_dim, 1)
+    parts["post_quant_conv"] = torch.nn.Conv2d(tokenizer.codebook_dim, config.z_channels, 1)
+    wanted = {f"{part}.{key}": value for part in parts for key, value in parts[part].state_dict().items()}
+    found = {key: value for key, value in tokenizer.state_dict().items() if key.partition(".")[0] in parts}
+    assert list(found) == list(wanted)
+    assert all(torch.equal(value, wanted[key]) for key, value in found.items())
+    assert {key.partition(".")[0] for key in tokenizer.state_dict()} <= {*parts, "quantize"}
 
 
 @pytest.mark.parametrize("name", CASES)

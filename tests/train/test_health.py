@@ -37,7 +37,7 @@ from ett.train.measures import (
     usage_values,
 )
 from ett.train.objectives import ObjectiveOutput
-from tests.conftest import TOKENIZER
+from tests.conftest import TOKENIZER, killed_at
 
 VALUES = {"codes_in_use", "usage", "index_perplexity", "top1_mass", "nearest_share", "softmax_perplexity", "row_entropy",
           "usage_entropy", "indices_changed", "reconstruction_drift", "reconstruction_drift_psnr"}  # fmt: skip
@@ -212,18 +212,8 @@ def test_monitoring_changes_no_weight(toy_recipe: dict[str, Any], tmp_path: Path
         assert set(event["gradient_norms"]["encoder"]) == set(event["gradient_norms"]["codebook"]) == terms
         assert event["gradient_norms"]["encoder"]["caption_loss"] > 0
 
-    plain, taken = loop_module.Stage._train_step, {"steps": 0}
-
-    def dying(self: Any, batches: Any) -> Any:
-        taken["steps"] += 1
-        if taken["steps"] == 4:
-            raise InterruptedError
-        return plain(self, batches)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module.Stage, "_train_step", dying)
-        with pytest.raises(InterruptedError):
-            Run(watched, tmp_path / "resumed").train()
+    with killed_at(4):
+        Run(watched, tmp_path / "resumed").train()
     Run(watched, tmp_path / "resumed", resume=True).train()
     assert weights(tmp_path / "resumed") == weights(tmp_path / "watched")
     # drift is measured from the stage's own beginning, not from the checkpoint

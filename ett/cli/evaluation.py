@@ -1,0 +1,82 @@
+"""Commands that measure what was trained and write it up."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ett.cli.common import Add, add_model, add_source_options, positive, quiet_libraries
+from ett.errors import UserError
+
+
+def register(add: Add) -> None:
+    """These commands, in the order that the help shows them in."""
+    sub = add(
+        "evaluate",
+        _evaluate,
+        "measure a model on built-in data or a manifest",
+        "ett evaluate runs/demo --json figures.json",
+    )
+    add_model(sub)
+    sub.add_argument("--tasks", metavar="NAMES", help="comma-separated: loss, answers, naming, reconstruction, drift")
+    sub.add_argument(
+        "--initial", metavar="MODEL", type=Path, help="model or tokenizer before tuning, to measure the drift from"
+    )
+    sub.add_argument("--data", metavar="MANIFEST.jsonl", type=Path, help="your own pictures (docs/data.md)")
+    add_source_options(sub)
+    sub.add_argument("--limit", type=positive, help="examples of each source")
+    sub.add_argument("--batch-size", type=positive, default=16)
+    sub.add_argument("--max-new-tokens", type=positive, default=64, help="where answers stop at the latest")
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write metrics and predictions")
+
+    sub = add("report", _report, "write a run's report.html", "ett report runs/demo")
+    sub.add_argument("run", metavar="RUN", type=Path, help="a folder written by ett train, ett ablate or ett demo")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from ett.evaluate.run import evaluate, load_for_evaluation
+    from ett.evaluate.sources import builtin_sources, manifest_source
+    from ett.experiments.run import evaluation_sources, recipe_of, resolve_model_folder
+
+    quiet_libraries()
+    if arguments.data and arguments.split:
+        raise UserError("A manifest has no splits: give --data or --split, not both.")
+    split = arguments.split or "validation"
+    if arguments.data:
+        sources = manifest_source(arguments.data, arguments.image_root)
+    elif (recipe := recipe_of(arguments.model)) is not None:
+        sources = evaluation_sources(recipe, split)
+    else:
+        sources = builtin_sources(split)
+    tasks = [name.strip() for name in arguments.tasks.split(",")] if arguments.tasks else None
+    model, tokenizer, processor = load_for_evaluation(resolve_model_folder(arguments.model))
+    initial = None
+    if arguments.initial:
+        _, initial, _ = load_for_evaluation(resolve_model_folder(arguments.initial))
+    result = evaluate(
+        model if model is not None else tokenizer,
+        processor,
+        sources,
+        tasks,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        max_new_tokens=arguments.max_new_tokens,
+        initial_tokenizer=initial,
+    )
+    if arguments.json:
+        result.save(arguments.json)
+    width = max((len(name) for name in result.metrics), default=0)
+    for name, metric in result.metrics.items():
+        interval = f"  [{metric.interval[0]:.4f}, {metric.interval[1]:.4f}]" if metric.interval else ""
+        print(f"{name:<{width}}  {metric.value:.4f}{interval}  n={metric.num_examples}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ett.evaluate.report import write_report
+    from ett.experiments.comparison import is_comparison
+    from ett.experiments.comparison_report import write_comparison_report
+
+    quiet_libraries()
+    print(write_comparison_report(arguments.run) if is_comparison(arguments.run) else write_report(arguments.run))
+    return 0
