@@ -18,7 +18,9 @@ def register(add: Add) -> None:
         "ett evaluate runs/demo --json figures.json",
     )
     add_model(sub)
-    sub.add_argument("--tasks", metavar="NAMES", help="comma-separated: loss, answers, naming, reconstruction, drift")
+    sub.add_argument(
+        "--tasks", metavar="NAMES", help="comma-separated (docs/evaluation.md); what suits the data by default"
+    )
     sub.add_argument(
         "--initial", metavar="MODEL", type=Path, help="model or tokenizer before tuning, to measure the drift from"
     )
@@ -28,13 +30,17 @@ def register(add: Add) -> None:
     sub.add_argument("--batch-size", type=positive, default=16)
     sub.add_argument("--max-new-tokens", type=positive, default=64, help="where answers stop at the latest")
     sub.add_argument("--json", metavar="FILE", type=Path, help="write metrics and predictions")
+    sub.add_argument("--markdown", metavar="FILE", type=Path, help="write a table of the metrics")
+    sub.add_argument("--html", metavar="FILE", type=Path, help="write a page with metrics and answers")
 
     sub = add("report", _report, "write a run's report.html", "ett report runs/demo")
     sub.add_argument("run", metavar="RUN", type=Path, help="a folder written by ett train, ett ablate or ett demo")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from ett.evaluate.run import evaluate, load_for_evaluation
+    from ett.evaluate.markdown import markdown
+    from ett.evaluate.report import evaluation_page
+    from ett.evaluate.run import evaluate, load_for_evaluation, save_text
     from ett.evaluate.sources import builtin_sources, manifest_source
     from ett.experiments.run import evaluation_sources, recipe_of, resolve_model_folder
 
@@ -65,6 +71,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     if arguments.json:
         result.save(arguments.json)
+    if arguments.markdown:
+        save_text(arguments.markdown, markdown(result.to_json()))
+    if arguments.html:
+        save_text(arguments.html, evaluation_page(str(arguments.model), result.to_json()))
     width = max((len(name) for name in result.metrics), default=0)
     for name, metric in result.metrics.items():
         interval = f"  [{metric.interval[0]:.4f}, {metric.interval[1]:.4f}]" if metric.interval else ""

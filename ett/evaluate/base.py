@@ -91,6 +91,7 @@ class Subject:
         batch_size: examples, or pictures, at a time; figures do not depend on it but for rounding.
         max_new_tokens: where generation stops at the latest.
         initial_tokenizer: what the vision tokenizer was before it was tuned; None where nobody asks for the drift.
+        said: greedy answers by selection and position, so that no task asks again (`ett.evaluate.greedy`).
     """
 
     vision_tokenizer: VisionTokenizer
@@ -99,6 +100,7 @@ class Subject:
     batch_size: int = 16
     max_new_tokens: int = 64
     initial_tokenizer: VisionTokenizer | None = None
+    said: dict[tuple[Selection, int], str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:

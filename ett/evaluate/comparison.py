@@ -93,7 +93,9 @@ def difference(
     examples = _draws(num_examples, samples, seed)
     seeds = _draws(num_seeds, samples, seed + 1)
     drawn_a, drawn_b = (sum(seeds[:, s, None] * (examples @ rows[s]) for s in range(num_seeds)) for rows in (a, b))
-    found = drawn_a[:, 0] / drawn_a[:, 1] - drawn_b[:, 0] / drawn_b[:, 1]
+    # a resample without weight, such as one without an example that counts, has no value
+    able = (drawn_a[:, 1] > 0) & (drawn_b[:, 1] > 0)
+    found = drawn_a[able, 0] / drawn_a[able, 1] - drawn_b[able, 0] / drawn_b[able, 1]
     low, high = np.percentile(found, [2.5, 97.5])
     return Difference(value, (float(low), float(high)), num_examples, num_seeds)
 

@@ -99,6 +99,8 @@ def index_perplexity(counts: Tensor) -> float:
 
 Values = Sequence[float] | npt.NDArray[np.floating]
 
+_DRAWS_AT_ONCE = 1 << 18
+
 
 def bootstrap_interval(
     values: Values, weights: Values | None = None, *, samples: int = 2000, seed: int = 0
@@ -107,7 +109,8 @@ def bootstrap_interval(
 
     Args:
         values: one sum an example; for a plain mean, its value.
-        weights: what the sums are taken over (tokens, characters), > 0; None for 1 each.
+        weights: what the sums are taken over (tokens, characters), >= 0 and not all 0; None for 1 each. Resamples without
+            weight do not count.
         samples: resamples. seed: of the resampling; equal seeds give equal intervals.
 
     Returns:
@@ -120,11 +123,14 @@ def bootstrap_interval(
     if len(sums) < 2:
         return None
     rng = np.random.default_rng(seed)
-    means = np.empty(samples)
-    for i in range(samples):
-        drawn = rng.integers(0, len(sums), len(sums))
-        means[i] = sums[drawn].sum() / sizes[drawn].sum()
-    low, high = np.percentile(means, [2.5, 97.5])
+    means = []
+    # one resample after the other, ``sums[drawn].sum() / sizes[drawn].sum()``, as many at once as memory likes
+    rows = max(1, _DRAWS_AT_ONCE // len(sums))
+    for start in range(0, samples, rows):
+        drawn = rng.integers(0, len(sums), (min(rows, samples - start), len(sums)))
+        totals, weight = sums[drawn].sum(axis=1), sizes[drawn].sum(axis=1)
+        means.append(totals[weight > 0] / weight[weight > 0])
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
 
 

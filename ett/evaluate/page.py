@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ett.evaluate.answer_measures import LENGTHS
+
 LOWER, HIGHER = "lower is better", "higher is better"
 
 DESCRIPTIONS: dict[str, tuple[str, str, str]] = {
@@ -14,6 +16,31 @@ DESCRIPTIONS: dict[str, tuple[str, str, str]] = {
     "naming_top1": ("Right name ranked first", "share", HIGHER),
     "naming_reciprocal_rank": ("Reciprocal rank", "mean", HIGHER),
     "naming_candidates": ("Names to choose from", "mean", ""),
+    "vqa_accuracy": ("VQA accuracy", "share", HIGHER),
+    "anls": ("ANLS", "likeness of answers", HIGHER),
+    "choice_accuracy": ("Right choice likeliest", "share", HIGHER),
+    "choice_chance": ("Right choice by guessing", "share", ""),
+    "letter_accuracy": ("Right choice named", "share", HIGHER),
+    "letter_answered": ("Any choice named", "share", HIGHER),
+    "yes_no_accuracy": ("Yes or no: accuracy", "share", HIGHER),
+    "yes_no_precision": ("Yes or no: precision", "of yes", HIGHER),
+    "yes_no_recall": ("Yes or no: recall", "of yes", HIGHER),
+    "yes_no_f1": ("Yes or no: F1", "of yes", HIGHER),
+    "yes_no_yes_ratio": ("Yes or no: answered yes", "share", ""),
+    "yes_no_answered": ("Yes or no: answered either", "share", HIGHER),
+    "reading_word_accuracy": ("Words read", "share", HIGHER),
+    "reading_character_error_rate": ("Reading errors", "edits per character", LOWER),
+    **{
+        f"reading_character_error_rate_{name}": (
+            f"Reading errors, texts of {name.replace('_', ' ')} characters",
+            "edits per character",
+            LOWER,
+        )
+        for name in LENGTHS
+    },
+    "caption_cider_d": ("CIDEr-D", "of 10", HIGHER),
+    "caption_rouge_l": ("ROUGE-L", "", HIGHER),
+    "caption_bleu_4": ("BLEU-4", "", HIGHER),
     "psnr": ("PSNR", "dB", HIGHER),
     "ssim": ("SSIM", "", HIGHER),
     "l1": ("Mean absolute difference", "of 2", LOWER),

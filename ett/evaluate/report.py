@@ -199,6 +199,11 @@ def _reach_table(facts: RunFacts) -> str:
     return note + table(["Stage", *(safe(titled(part)) for part in parts)], rows, range(1, len(parts) + 1))
 
 
+def evaluation_page(name: str, content: Mapping[str, Any]) -> str:
+    """A page of its own, HTML, for one evaluation as `Evaluation.to_json` gives it: figures and samples of answers."""
+    return page(safe(name), _evaluation_table("Results", content) + _samples("Answers", content), "an evaluation")
+
+
 def _evaluation_table(name: str, content: Mapping[str, Any]) -> str:
     """A row for each measure, a column for each source; intervals and numbers of examples below the values."""
     cells: dict[str, dict[str, str]] = {}

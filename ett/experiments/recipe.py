@@ -32,6 +32,8 @@ class EvaluationConfig:
         report_split: of built-in sources, for the figures of the report ("heldout": all that nothing is tuned on); null takes
             `split`.
         report_limit: examples of each source in the report, >= 1; null takes `limit`.
+        report_pictures: of those, how many are reconstructed as well, >= 1; null takes all. Reconstruction varies little
+            between pictures and costs more than an answer.
     """
 
     data: tuple[SourceConfig, ...] | None = None
@@ -39,11 +41,13 @@ class EvaluationConfig:
     limit: int = 64
     report_split: str | None = None
     report_limit: int | None = None
+    report_pictures: int | None = None
 
     def __post_init__(self) -> None:
         require(self.limit >= 1, "limit", self.limit, "at least 1")
-        limit = self.report_limit
-        require(limit is None or limit >= 1, "report_limit", limit, "at least 1, or null")
+        for name in ("report_limit", "report_pictures"):
+            limit = getattr(self, name)
+            require(limit is None or limit >= 1, name, limit, "at least 1, or null")
 
 
 @dataclass(frozen=True)

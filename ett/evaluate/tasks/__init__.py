@@ -2,11 +2,30 @@
 
 from ett.evaluate.base import Task
 from ett.evaluate.tasks.answers import AnswersTask
+from ett.evaluate.tasks.captions import CaptionsTask
+from ett.evaluate.tasks.choices import ChoicesTask
 from ett.evaluate.tasks.drift import DriftTask
+from ett.evaluate.tasks.letters import LettersTask
 from ett.evaluate.tasks.loss import LossTask
 from ett.evaluate.tasks.naming import NamingTask
+from ett.evaluate.tasks.reading import ReadingTask
 from ett.evaluate.tasks.reconstruction import ReconstructionTask
+from ett.evaluate.tasks.vqa import VqaTask
+from ett.evaluate.tasks.yes_no import YesNoTask
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (LossTask(), AnswersTask(), NamingTask(), ReconstructionTask(), DriftTask())
+    task.name: task
+    for task in (
+        LossTask(),
+        AnswersTask(),
+        VqaTask(),
+        YesNoTask(),
+        ReadingTask(),
+        CaptionsTask(),
+        ChoicesTask(),
+        LettersTask(),
+        NamingTask(),
+        ReconstructionTask(),
+        DriftTask(),
+    )
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ett.data.manifest import question_and_reference
-from ett.evaluate.base import Metric, Prediction, Selection, Subject, Task, TaskResult, batches
+from ett.evaluate.base import Metric, Prediction, Selection, Subject, Task, TaskResult
+from ett.evaluate.greedy import greedy
 from ett.evaluate.metrics import character_errors, exact_match
-from ett.generate.chat import answers
+from ett.types import Example
 
 
 class AnswersTask(Task):
@@ -22,13 +23,8 @@ class AnswersTask(Task):
     needs_language_model: ClassVar[bool] = True
 
     def run(self, subject: Subject, data: Selection) -> TaskResult:
-        predictions: list[Prediction] = []
-        for part in batches(data, subject.batch_size, f"{data.name} {self.name}"):
-            texts = answers(subject.language_model, subject.processor, part, max_new_tokens=subject.max_new_tokens)
-            predictions.extend(
-                Prediction(example.id, text, question_and_reference(example)[1])
-                for example, text in zip(part, texts, strict=True)
-            )
+        said = greedy(subject, data, f"{data.name} {self.name}", _id_and_reference)
+        predictions = [Prediction(example_id, text, reference) for (example_id, reference), text in said]
         pairs = [(p.prediction, p.reference) for p in predictions if p.reference is not None]
         if not pairs:
             return TaskResult(predictions=predictions)
@@ -38,3 +34,7 @@ class AnswersTask(Task):
             "character_error_rate": Metric.mean([edits for edits, _ in errors], [length for _, length in errors]),
         }
         return TaskResult(metrics, predictions)
+
+
+def _id_and_reference(example: Example) -> tuple[str, str | None]:
+    return example.id, question_and_reference(example)[1]
