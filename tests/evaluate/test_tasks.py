@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -277,6 +278,38 @@ def test_tokenizer_alone(toy: Toy, examples: list[Example]) -> None:
     assert found.predictions == []
     with pytest.raises(UserError, match=r"'answers' needs a language model.*Allowed: reconstruction"):
         evaluate(model.vision_tokenizer, processor, [("x", Listed(examples))], ["answers"])
+
+
+def test_fewer_pictures_than_answers(toy: Toy, examples: list[Example]) -> None:
+    model, processor = toy
+    source = [("list", Listed(examples[:3]))]
+    found = evaluate(
+        model,
+        processor,
+        source,
+        picture_limit=2,
+        max_new_tokens=4,
+        initial_tokenizer=model.vision_tokenizer,
+    )
+    assert found.metrics["caption_loss"].num_examples == 3
+    assert found.metrics["psnr"].num_examples == found.metrics["indices_changed"].num_examples == 2
+
+
+def test_a_tokenizer_that_did_not_move(toy: Toy, examples: list[Example]) -> None:
+    model, processor = toy
+    moved = copy.deepcopy(model.vision_tokenizer)
+    source = [("list", Listed(examples[:3]))]
+
+    def drift(initial: VisionTokenizer) -> tuple[float, float]:
+        found = evaluate(model, processor, source, ["drift"], initial_tokenizer=initial).metrics
+        return found["indices_changed"].value, found["reconstruction_drift"].value
+
+    assert drift(copy.deepcopy(moved)) == (0.0, 0.0)
+    with torch.no_grad():
+        next(moved.decoder.parameters()).mul_(2)
+    changed, difference = drift(moved)
+    assert changed == 0.0
+    assert difference > 0.0
 
 
 def test_unknown_tasks_and_sources(toy: Toy, examples: list[Example]) -> None:
