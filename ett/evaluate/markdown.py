@@ -31,13 +31,13 @@ def markdown(content: Mapping[str, Any]) -> str:
     size = " x ".join(map(str, model["image_size"]))
     described = f"{model['kind']}, {model['num_parameters']:,} parameters, pictures of {size} pixels"
     versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
-    notes = [
+    below = [
         "In brackets the 95 % bootstrap interval over examples, then how many there were.",
         f"Model: {described}.",
         f"Data: {data}.",
         f"Versions: {versions}.",
     ]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+    return "\n".join([*lines, "", *(f"- {note}" for note in below)]) + "\n"
 
 
 def _figure(found: Mapping[str, Any]) -> str:

@@ -48,7 +48,8 @@ def _written(example: Example) -> str | None:
     """The reference, where it is the "text" of the metadata, spelled or not; without such a text, any reference."""
     text, reference = example.metadata.get(TEXT), question_and_reference(example)[1]
     if not isinstance(text, str):
-        return (references(example, TEXT) or [None])[0]
+        found = references(example, TEXT)
+        return None if found is None else found[0]
     same = reference is not None and _letters(reference) == _letters(text)
     return reference if same else None
 
