@@ -60,11 +60,12 @@ class ModelSpec:
     """What a recipe says about the model.
 
     Attributes:
-        init: a saved model or a run's folder to start from. It brings its parts; visual_input, lora and chat_template can be
-            set beside it, anything else is an error.
+        init: a saved model or a run's folder to start from. It brings its parts; visual_input, lora, chat_template and
+            settings of its vision tokenizer can be set beside it, anything else is an error.
         image_size: H and W [pixels], or one number for both.
         image_mode: how pictures are fitted to it.
-        vision_tokenizer: ``{path: DIR}`` or a configuration (``tokenizer_type``, default "ibq", and its fields).
+        vision_tokenizer: ``{path: DIR}`` or a configuration (``tokenizer_type``, default "ibq", and its fields). Fields beside
+            `path`, or beside `init`, change the saved tokenizer's settings as far as its weights allow: its temperature, say.
         language_model: null where only the tokenizer is trained.
         visual_input: "embedding" (ETT) or "index"; index_init: the table as a copy of the codebook, or from N(0, 1).
         chat_template: "lm" (the language model's own) or "plain" (captioning format, no roles), or a Jinja template.
@@ -99,10 +100,10 @@ def build_vision_tokenizer(spec: ModelSpec, *, weights: bool = True) -> VisionTo
         RecipeError: an unknown key or a size that the tokenizer cannot divide. ModelError: a path without a tokenizer.
     """
     if "path" in spec.vision_tokenizer:
-        extra = sorted(set(spec.vision_tokenizer) - {"path"})
-        if extra:
-            raise RecipeError(f"model.vision_tokenizer has a path, so it cannot set {', '.join(extra)} as well.")
+        changes = {name: value for name, value in spec.vision_tokenizer.items() if name != "path"}
         tokenizer = load_vision_tokenizer(find_weights(spec.vision_tokenizer["path"]), weights=weights)
+        if changes:
+            tokenizer = tokenizer.reconfigured(changes, "model.vision_tokenizer")
     else:
         with torch.device("cpu" if weights else "meta"):
             tokenizer = VisionTokenizer.from_config(spec.vision_tokenizer, "model.vision_tokenizer")
@@ -269,7 +270,7 @@ def start_from(
     fixed = {
         "image_size": spec.size in ((256, 256), (images.height, images.width)),
         "image_mode": spec.image_mode in ("pad", images.mode),
-        "vision_tokenizer": not spec.vision_tokenizer,
+        "vision_tokenizer": "path" not in spec.vision_tokenizer,
         "language_model": spec.language_model is None,
         "projector": spec.projector in (ProjectorConfig(), model.config.projector_config),
         "lora": spec.lora is None or model.config.lora is None or spec.lora == model.config.lora,
@@ -279,6 +280,9 @@ def start_from(
         raise RecipeError(
             f"model.init = {spec.init!r} brings its own {', '.join(refused)}; leave model.{', model.'.join(refused)} out."
         )
+    if spec.vision_tokenizer:
+        model.vision_tokenizer = model.vision_tokenizer.reconfigured(spec.vision_tokenizer, "model.vision_tokenizer")
+        model.config.vision_tokenizer = model.vision_tokenizer.config_mapping()
     if spec.visual_input == "embedding" and model.index_embedding is not None:
         raise ModelError(f"The model in {directory} reads indices; set model.visual_input: index in the recipe.")
     if spec.visual_input == "index" and model.index_embedding is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -146,6 +147,27 @@ class VisionTokenizer(nn.Module, ABC):
             raise RecipeError(unknown(f"{where}.tokenizer_type", kind, VisionTokenizer.registry))
         cls = VisionTokenizer.registry[kind]
         return cls(from_mapping(cls.config_class, given, where))
+
+    def reconfigured(self, changes: Mapping[str, Any], where: str = "vision_tokenizer") -> VisionTokenizer:
+        """The same weights, not copied, under other settings: a temperature, say, or where gradients go.
+
+        Args:
+            changes: fields of the configuration. where: the recipe's name of them, for errors.
+
+        Raises:
+            RecipeError: an unknown field, an impossible value, or one that asks for other weights.
+        """
+        with torch.random.fork_rng(devices=[]), next(self.parameters()).device:
+            changed = VisionTokenizer.from_config({**self.config_mapping(), **changes}, where)
+        try:
+            changed.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        except RuntimeError as error:
+            names = ", ".join(f"{where}.{name}" for name in changes)
+            raise RecipeError(
+                f"{names}: the saved tokenizer's weights have another shape. Over a saved tokenizer only settings that leave "
+                "its weights as they are can be changed, for example temperature."
+            ) from error
+        return changed.train(self.training)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into `directory`."""

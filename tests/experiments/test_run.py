@@ -477,6 +477,23 @@ def test_init_refuses_what_it_cannot_change(toy_run: Path, toy_recipe: dict[str,
     assert not (tmp_path / "x").exists()
 
 
+def test_settings_of_a_saved_tokenizer_change_as_far_as_its_weights_allow(
+    toy_run: Path, toy_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    stage = dict(toy_recipe["stages"][2], optimizer={"learning_rate": 1e-9})
+    given = {**toy_recipe, "stages": [stage]}
+    given["model"] = {"init": str(toy_run), "vision_tokenizer": {"temperature": 3.0, "gradient": "straight_through"}}
+    Run(recipe_from(given), tmp_path / "warm").train()
+    before, after = load_model(toy_run)[0].vision_tokenizer, load_model(tmp_path / "warm")[0].vision_tokenizer
+    assert (after.config.temperature, after.config.gradient) == (3.0, "straight_through")
+    torch.testing.assert_close(after.quantize.codebook, before.quantize.codebook, rtol=0, atol=1e-6)
+    for settings in ({"codebook_size": 7}, {"tokenizer_type": "lfq"}):
+        given["model"] = {"init": str(toy_run), "vision_tokenizer": settings}
+        with pytest.raises(RecipeError, match=r"model\.vision_tokenizer"):
+            Run(recipe_from(given), tmp_path / "x").train()
+    assert not (tmp_path / "x").exists()
+
+
 def test_two_processes_train_as_one(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
     """torchrun with two CPU processes takes the steps of one: same examples, same losses, entropy over both ranks."""
     for stage in toy_recipe["stages"]:
