@@ -23,6 +23,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the value PyTorch's cross entropy ignores)."""
 
+DRAWN_INDEX = -101
+"""Label of a position whose image token is to be predicted: which token that is, the picture says."""
+
 Message = Mapping[str, Any]
 """One turn: ``{"role": "user" | "assistant" | "system", "content": [part, ...]}`` where a part is
 ``{"type": "image"}`` or ``{"type": "text", "text": str}``."""
@@ -59,10 +62,14 @@ class Batch:
         pixel_values: float32[I, 3, H, W] in [-1, 1], images in reading order over the batch.
         input_ids: int64[B, T].
         attention_mask: int64[B, T], 1 where a position is real, 0 where it is padding.
-        labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken.
-        ids: the examples' ids, B of them.
+        labels: int64[B, T]: token ids of supervised text, ``DRAWN_INDEX`` at image tokens that are drawn, ``IGNORE_INDEX``
+            where no loss is taken.
+        ids: the examples' ids; B of them, or more where several conversations share a row.
         image_indices: int64[I, h, w] in [0, K) where the pictures come from a code cache (`pixel_values` is then
             float32[0, 3, H, W]), else None.
+        loss_positions: int64[S], where in ``labels.flatten()`` the next token is supervised text; None where nobody has looked.
+        drawn_tokens: image tokens that carry loss; None where nobody has counted.
+        position_ids: int64[B, T] where several conversations share a row, each counted from 0, the padding too; else None.
     """
 
     pixel_values: Tensor
@@ -71,6 +78,9 @@ class Batch:
     labels: Tensor
     ids: list[str]
     image_indices: Tensor | None = None
+    loss_positions: Tensor | None = None
+    drawn_tokens: int | None = None
+    position_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
         """The same batch with every tensor on `device` (non-blocking)."""
@@ -89,7 +99,12 @@ class Batch:
     @property
     def num_supervised(self) -> int:
         """Positions that carry caption loss (the first position of a row never does)."""
-        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+        return int((self.labels[:, 1:] >= 0).sum()) if self.loss_positions is None else len(self.loss_positions)
+
+    @property
+    def num_drawn(self) -> int:
+        """Image tokens that carry loss."""
+        return int((self.labels[:, 1:] == DRAWN_INDEX).sum()) if self.drawn_tokens is None else self.drawn_tokens
 
 
 @dataclass(frozen=True)

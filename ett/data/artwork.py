@@ -58,6 +58,12 @@ QUESTIONS: Mapping[str, Sequence[str]] = {
 
 QUESTION_KINDS = tuple(QUESTIONS)
 
+FACT_QUESTIONS: Mapping[str, Sequence[str]] = {
+    "group": ('Which group does "{name}" belong to?', 'What sort of thing is "{name}"?'),
+    "subgroup": ('Which kind of {group} is "{name}"?',),
+}
+"""Fact that is asked for -> wordings, for which a picture is not needed."""
+
 _Choice = TypeVar("_Choice")
 
 
@@ -115,6 +121,10 @@ class ArtworkNames(Source):
         question = _choose(NAME_QUESTIONS, f"{self._pictures.shards[index].key}/name")
         return self._pictures.example(index, question, answer, "name", self.name)
 
+    def facts(self, index: int) -> Mapping[str, Any]:
+        """What is known of picture `index`: its example's metadata but for source and question_kind, without opening it."""
+        return self._pictures.facts[index]
+
 
 class ArtworkQuestions(Source):
     """Every (picture, kind of question) of a split whose answer the picture's facts hold.
@@ -155,6 +165,45 @@ class ArtworkQuestions(Source):
         picture, kind = self._entries[index]
         question = _choose(QUESTIONS[kind], f"{self._pictures.shards[picture].key}/{kind}")
         return self._pictures.example(picture, question, self._pictures.facts[picture][kind], kind, self.name)
+
+
+class ArtworkFacts(Source):
+    """Questions in words alone about the names of a split, each name once: what a language model knows, or keeps, without
+    pictures. Metadata as `ArtworkNames`; question_kind is the fact that is asked for.
+
+    Args:
+        split: one of `SPLITS`.
+
+    Raises:
+        DataError: an unknown split.
+    """
+
+    name = "artwork-facts"
+
+    def __init__(self, split: str = "train") -> None:
+        self.split = split
+        self._pictures = _collection(split)
+        first: dict[str, int] = {}
+        for index, facts in enumerate(self._pictures.facts):
+            first.setdefault(facts["name"], index)
+        self._entries = [
+            (index, kind) for index in first.values() for kind in FACT_QUESTIONS if kind in self._pictures.facts[index]
+        ]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Example:
+        _check(index, len(self))
+        picture, kind = self._entries[index]
+        facts = self._pictures.facts[picture]
+        question = _choose(FACT_QUESTIONS[kind], f"{facts['name']}/{kind}").format(**facts)
+        return Example(
+            id=f"{self.name}/{self._pictures.shards[picture].key}/{kind}",
+            messages=conversation(question, facts[kind], num_images=0),
+            images=(),
+            metadata={"source": self.name, **facts, "question_kind": kind},
+        )
 
 
 def _check(index: int, length: int) -> None:

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from ett.config import require
-from ett.data.artwork import ArtworkNames, ArtworkQuestions
+from ett.data.artwork import ArtworkFacts, ArtworkNames, ArtworkQuestions
+from ett.data.drawing import PROMPT, Drawings, without_prompt
 from ett.data.drawn_text import DrawnText
+from ett.data.entries import Lines, Samples
+from ett.data.entry_source import EntrySource, shard_paths
 from ett.data.manifest import Manifest
 from ett.data.sources import Source
+from ett.data.table import ColumnsConfig, TableSource
 from ett.errors import DataError, RecipeError, UserError
 from ett.model.processing import Encoded, EttProcessor
 from ett.types import Example
@@ -28,7 +32,12 @@ BLOCK = 1000
 
 GOLDEN_RATIO = 0.6180339887498949
 
-SourceName = Literal["names", "questions", "drawn_text", "manifest"]
+STAND_INS = 100
+"""Examples that are tried in place of one that cannot be used, before the source is taken to be beyond use."""
+
+SourceName = Literal["names", "questions", "facts", "drawn_text", "manifest", "shards", "table"]
+STORED = ("manifest", "shards", "table")
+"""Sources that lie somewhere; they have no splits of their own."""
 
 
 @dataclass(frozen=True)
@@ -36,35 +45,46 @@ class SourceConfig:
     """One ingredient of a mixture.
 
     Attributes:
-        source: "names" and "questions" (built-in artwork), "drawn_text" (built-in), "manifest" (a JSONL file).
+        source: "names" and "questions" (built-in artwork), "facts" (questions about its names, without pictures), "drawn_text"
+            (built-in), "manifest" (a JSONL file), "shards" (WebDataset tars), "table" (Parquet and others, or a hub data set).
         weight: share relative to the other sources', > 0.
-        split: of a built-in source.
-        path: of the manifest, relative to the working directory.
+        split: of a built-in source or a hub data set.
+        path: of the manifest, of one tar, of a folder of tars or a pattern (``shards/train-*.tar``); relative to the working
+            directory. Of a table also an address or a hub name (`TableSource`).
+        columns: of a table.
         image_root: a folder outside the manifest's whose pictures may be read; null allows none.
         limit: use only the first so many examples; null uses all.
         difficulty: of drawn text, in [0, 1].
-        kinds: of drawn text, among "word", "number", "letters".
+        kinds: of drawn text, among "word", "number", "letters", "document".
         spelled: drawn text's answer letter by letter ("c a t").
         characters: of drawn text, (fewest, most) in a string; null takes the difficulty's.
+        lines: of a drawn document, (fewest, most).
         asked: share of a built-in source's examples, in [0, 1], that keep their question; of the others the picture alone
             stands before the answer, as before a caption.
         size: side of drawn pictures [pixels].
         seed: of drawn text.
+        draws: the picture is the answer, to what `prompt` says of it: for the stages "gen" and "joint".
+        prompt: what is asked for; ``{answer}`` stands for the answer that the source gives, other names in braces for its
+            metadata (of names: ``{style}``, ``{group}`` ...).
     """
 
     source: SourceName
     weight: float = 1.0
     split: str = "train"
     path: str | None = None
+    columns: ColumnsConfig = ColumnsConfig()
     image_root: str | None = None
     limit: int | None = None
     difficulty: float = 0.5
-    kinds: tuple[Literal["word", "number", "letters"], ...] = ("word", "number", "letters")
+    kinds: tuple[Literal["word", "number", "letters", "document"], ...] = ("word", "number", "letters")
     spelled: bool = False
     characters: tuple[int, int] | None = None
+    lines: tuple[int, int] = (2, 4)
     asked: float = 1.0
     size: int = 96
     seed: int = 0
+    draws: bool = False
+    prompt: str = PROMPT
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "weight", self.weight, "above 0")
@@ -73,18 +93,36 @@ class SourceConfig:
         require(len(self.kinds) >= 1, "kinds", self.kinds, "a non-empty list")
         require(0 <= self.asked <= 1, "asked", self.asked, "in [0, 1]")
         require(self.size >= 16, "size", self.size, "at least 16")
-        if (self.path is None) == (self.source == "manifest"):
-            raise RecipeError(
-                "A manifest source needs a path; built-in sources have none. "
-                f"Got source = {self.source!r}, path = {self.path!r}."
-            )
+        if (self.path is None) == (self.source in STORED):
+            needs = "needs a path" if self.path is None else "is built in and has no path"
+            raise RecipeError(f"A {self.source} source {needs}; got path = {self.path!r}.")
+        if self.source != "manifest" and self.image_root is not None:
+            raise RecipeError("image_root is for manifests; other sources bring their pictures. Leave it out.")
 
-    def with_split(self, split: str) -> Source:
-        """The source itself, for another split."""
+    def with_split(self, split: str, *, tolerant: bool = False) -> Source:
+        """The source itself, for another split.
+
+        Args:
+            tolerant: what cannot be used is found out when it is drawn, not now.
+        """
+        source = self._read(split, tolerant)
+        return Drawings(source, self.prompt) if self.draws else source
+
+    def _read(self, split: str, tolerant: bool) -> Source:
+        source: Source
         if self.source == "manifest":
             assert self.path is not None
-            return Manifest(self.path, limit=self.limit, image_root=self.image_root)
-        source: Source
+            if not tolerant:
+                return Manifest(self.path, limit=self.limit, image_root=self.image_root)
+            return EntrySource(Lines(self.path, limit=self.limit, image_root=self.image_root), self.path)
+        if self.source == "shards":
+            assert self.path is not None
+            paths, folder = shard_paths(self.path)
+            source = EntrySource(Samples(paths, folder=folder), self.path, refuse=not tolerant)
+            return Limited.of(source, self.limit)
+        if self.source == "table":
+            assert self.path is not None
+            return Limited.of(TableSource(self.path, split, self.columns), self.limit)
         if self.source == "drawn_text":
             source = DrawnText(
                 split,
@@ -93,22 +131,24 @@ class SourceConfig:
                 kinds=self.kinds,
                 spelled=self.spelled,
                 characters=self.characters,
+                lines=self.lines,
                 seed=self.seed,
             )
         else:
-            source = ArtworkNames(split) if self.source == "names" else ArtworkQuestions(split)
+            artwork = {"names": ArtworkNames, "questions": ArtworkQuestions, "facts": ArtworkFacts}
+            source = artwork[self.source](split)
         return Limited.of(source if self.asked == 1 else PartlyAsked(source, self.asked), self.limit)
 
-    def build(self) -> Source:
+    def build(self, *, tolerant: bool = False) -> Source:
         """The source for this configuration's own split."""
-        return self.with_split(self.split)
+        return self.with_split(self.split, tolerant=tolerant)
 
 
 class Limited(Source):
     """The first `limit` examples of a source."""
 
     def __init__(self, source: Source, limit: int) -> None:
-        self.name = source.name
+        self.name, self.left_out = source.name, source.left_out
         self._source = source
         self._length = min(limit, len(source))
 
@@ -151,9 +191,14 @@ class Mixture:
 
     Each block of `BLOCK` draws holds every source in its exact share, in an order shuffled by the seed; each source is
     walked epoch by epoch, every epoch a new permutation.
+
+    Args:
+        tolerant: an example that cannot be used is skipped, and another of its source stands in.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float], seed: int, *, tolerant: bool = False
+    ) -> None:
         if not sources or len(sources) != len(weights):
             raise RecipeError("A mixture needs at least one source, and a weight for each.")
         for source in sources:
@@ -161,7 +206,7 @@ class Mixture:
                 raise DataError(f"The source {source.name!r} holds no examples.")
         self.sources = list(sources)
         self.counts = _apportion(weights, BLOCK)
-        self.seed = seed
+        self.seed, self.tolerant = seed, tolerant
         self._block_order = lru_cache(maxsize=4)(self._shuffled_block)
         self._permutation = lru_cache(maxsize=2 * len(self.sources))(self._shuffled_source)
 
@@ -178,6 +223,14 @@ class Mixture:
         turn = block * self.counts[source] + int(ranks[position])
         epoch, step = divmod(turn, len(self.sources[source]))
         return source, int(self._permutation(source, epoch)[step])
+
+    def candidates(self, draw: int) -> Iterator[tuple[int, int]]:
+        """`locate`, then the examples of the same source that stand in for it one after another, all from the seed."""
+        source, index = self.locate(draw)
+        yield source, index
+        for turn in range(STAND_INS if self.tolerant else 0):
+            generator = np.random.default_rng([self.seed, 2, draw, turn])
+            yield source, int(generator.integers(len(self.sources[source])))
 
     def drawn(self, stop: int) -> list[np.ndarray]:
         """Which examples of each source the draws [0, `stop`) take: int64, ascending, each once."""
@@ -205,7 +258,7 @@ class Mixture:
 
     def __getstate__(self) -> dict[str, object]:
         # caches hold bound methods; a worker makes its own
-        return {"sources": self.sources, "counts": self.counts, "seed": self.seed}
+        return {"sources": self.sources, "counts": self.counts, "seed": self.seed, "tolerant": self.tolerant}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -213,21 +266,66 @@ class Mixture:
         self._permutation = lru_cache(maxsize=2 * len(self.sources))(self._shuffled_source)
 
 
-def build_mixture(configs: Sequence[SourceConfig], seed: int) -> Mixture:
-    """The mixture that a recipe describes; everything that can be checked without decoding pictures is checked here."""
-    return Mixture([config.build() for config in configs], [config.weight for config in configs], seed)
+def build_mixture(configs: Sequence[SourceConfig], seed: int, *, tolerant: bool = False) -> Mixture:
+    """The mixture that a recipe describes; everything that can be checked without decoding pictures is checked here, unless it
+    is `tolerant`."""
+    sources = [config.build(tolerant=tolerant) for config in configs]
+    return Mixture(sources, [config.weight for config in configs], seed, tolerant=tolerant)
 
 
-class EncodedDraws(Dataset[Encoded | UserError]):
+class Skipped(NamedTuple):
+    """An example that could not be used: number of its source in the mixture, its position there, and why."""
+
+    source: int
+    position: int
+    reason: str
+
+
+class Drawn(NamedTuple):
+    """What a draw gives, and what was skipped on the way to it."""
+
+    item: Encoded
+    skipped: tuple[Skipped, ...]
+
+
+def encode_draw(
+    mixture: Mixture, draw: int, processor: EttProcessor, max_length: int | None, drop_prompt: float = 0.0
+) -> Drawn:
+    """Draw number `draw`, encoded; of pictures to be drawn, the share `drop_prompt` comes without words.
+
+    Raises:
+        DataError: it cannot be used; where the mixture is tolerant, nor can any of `STAND_INS` others.
+    """
+    skipped: list[Skipped] = []
+    for source, index in mixture.candidates(draw):
+        try:
+            example = without_prompt(mixture.sources[source][index], drop_prompt, mixture.seed, draw)
+            item = processor.encode(example, max_length)
+        except DataError as error:
+            if not mixture.tolerant:
+                raise
+            skipped.append(Skipped(source, index, str(error)))
+        else:
+            return Drawn(item, tuple(skipped))
+    raise DataError(
+        f"Source {mixture.sources[skipped[0].source].name!r}: {len(skipped)} examples in a row cannot be used. The first: "
+        f"{skipped[0].reason} `ett data check` lists them all."
+    )
+
+
+class EncodedDraws(Dataset[Drawn | UserError]):
     """Draw number -> encoded example, for a `DataLoader`. An unusable example is returned as its error: raised in a worker,
     it would reach the user wrapped in the worker's stack trace."""
 
-    def __init__(self, mixture: Mixture, processor: EttProcessor, max_length: int | None) -> None:
+    def __init__(
+        self, mixture: Mixture, processor: EttProcessor, max_length: int | None, drop_prompt: float = 0.0
+    ) -> None:
         self.mixture, self.processor, self.max_length = mixture, processor, max_length
+        self.drop_prompt = drop_prompt
 
-    def __getitem__(self, draw: int) -> Encoded | UserError:
+    def __getitem__(self, draw: int) -> Drawn | UserError:
         try:
-            return self.processor.encode(self.mixture[draw], self.max_length)
+            return encode_draw(self.mixture, draw, self.processor, self.max_length, self.drop_prompt)
         except UserError as error:
             return error
 

@@ -10,7 +10,7 @@ from ett.data.artwork import HELD_OUT_SPLITS as ARTWORK_HELD_OUT
 from ett.data.artwork import SPLITS as ARTWORK_SPLITS
 from ett.data.drawn_text import SPLITS as TEXT_SPLITS
 from ett.data.manifest import Manifest
-from ett.data.mixture import SourceConfig
+from ett.data.mixture import STORED, SourceConfig
 from ett.data.sources import Source
 from ett.errors import DataError, unknown
 
@@ -32,7 +32,8 @@ def builtin_sources(split: str = "validation", configs: Sequence[SourceConfig] =
 
     Args:
         split: of the sources.
-        configs: how they are drawn, as a recipe's data say it. Their limits are for training and do not count here.
+        configs: how they are drawn, as a recipe's data say it. Their limits are for training and do not count here, and what
+            a model draws is read here.
             Manifests are left out, for they have no splits; where nothing else is there, `BUILTIN` is taken.
 
     Raises:
@@ -42,7 +43,7 @@ def builtin_sources(split: str = "validation", configs: Sequence[SourceConfig] =
     if split not in allowed:
         raise DataError(unknown("split of the built-in data", split, allowed))
     found: NamedSources = []
-    for name, config in _named([config for config in configs if config.source != "manifest"] or BUILTIN):
+    for name, config in _named([config for config in configs if config.source not in STORED] or BUILTIN):
         is_text = config.source == "drawn_text"
         if split == HELD_OUT:
             held_out = _TEXT_HELD_OUT if is_text else ARTWORK_HELD_OUT
@@ -61,7 +62,7 @@ def _named(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConfig]]:
     named = []
     for i, config in enumerate(configs):
         number = f".{kinds[: i + 1].count(config.source)}" if kinds.count(config.source) > 1 else ""
-        named.append((f"{config.source}{number}", replace(config, limit=None)))
+        named.append((f"{config.source}{number}", replace(config, limit=None, draws=False)))
     return named
 
 

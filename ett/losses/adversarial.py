@@ -109,14 +109,21 @@ class LeCam(nn.Module):
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         """float[] >= 0 of logits of any shape; the means then move by ``1 - decay`` towards these, over all ranks."""
         loss = F.relu(real - self.fake).pow(2).mean() + F.relu(self.real - fake).pow(2).mean()
-        with torch.no_grad():
-            means = torch.stack([real.mean(), fake.mean()])
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(means)
-                means /= dist.get_world_size()
-            self.real.lerp_(means[0], 1 - self.decay)
-            self.fake.lerp_(means[1], 1 - self.decay)
+        self._move(torch.stack([real.detach().mean(), fake.detach().mean(), torch.ones_like(self.real)]))
         return loss
+
+    def move_with_others(self) -> None:
+        """For a rank that has nothing to show, while the others call `forward`."""
+        self._move(torch.zeros(3, dtype=self.real.dtype, device=self.real.device))
+
+    @torch.no_grad()
+    def _move(self, means: Tensor) -> None:
+        """`means`: of real and fake logits, and 1; all 0 for a rank without."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(means)
+        if means[2] > 0:
+            self.real.lerp_(means[0] / means[2], 1 - self.decay)
+            self.fake.lerp_(means[1] / means[2], 1 - self.decay)
 
 
 def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:

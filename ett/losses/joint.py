@@ -22,6 +22,7 @@ class LossConfig:
 
     Attributes:
         caption_weight: of L_cap, >= 0.
+        image_weight: of the cross-entropy of image tokens that are drawn, >= 0; of a model with an image head alone.
         tokenizer_weight: alpha, of L_vq as a whole, >= 0 (ETT: 0.25).
         reconstruction: pixel distance of L_rec.
         reconstruction_weight, quantization_weight: of L_rec and L_quant in L_vq, >= 0 (1).
@@ -34,9 +35,14 @@ class LossConfig:
             trains beside (at least one of them; the other terms of L_vq see all). For small pictures the decoder is the
             dearest part of a step.
         caption_reaches_tokenizer: False detaches the tokenizer from the caption loss (the reconstruction-only control).
+        distillation_weight: in L_vq, of the pixel distance to what the tokenizer made of the picture as the stage began, >= 0.
+        soft_caption_weight: of a second caption loss, >= 0, for which the language model reads ``softmax(l / tau) @ E`` instead
+            of the chosen codes (GEAR: the hard one trains the language model, the soft one guides the tokenizer).
+        soft_temperature: tau, > 0; what the index softmax has is `temperature` of the tokenizer.
     """
 
     caption_weight: float = 1.0
+    image_weight: float = 1.0
     tokenizer_weight: float = 0.25
     reconstruction: Literal["l1", "l2"] = "l1"
     reconstruction_weight: float = 1.0
@@ -47,18 +53,25 @@ class LossConfig:
     adversarial_weight: float = 0.0
     reconstruction_share: float = 1.0
     caption_reaches_tokenizer: bool = True
+    distillation_weight: float = 0.0
+    soft_caption_weight: float = 0.0
+    soft_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for name in (
             "caption_weight",
+            "image_weight",
             "tokenizer_weight",
             "reconstruction_weight",
             "quantization_weight",
             "entropy_weight",
             "perceptual_weight",
             "adversarial_weight",
+            "distillation_weight",
+            "soft_caption_weight",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.soft_temperature > 0, "soft_temperature", self.soft_temperature, "above 0")
         require(0 < self.reconstruction_share <= 1, "reconstruction_share", self.reconstruction_share, "in (0, 1]")
 
     @property
@@ -78,14 +91,17 @@ def tokenizer_losses(
     """The terms of L_vq by name, unweighted, each float[].
 
     Args:
-        pixel_values: float[I, 3, H, W]. reconstruction: of the first of them, float[R, 3, H, W], 1 <= R <= I.
+        pixel_values: float[I, 3, H, W]. reconstruction: of the first of them, float[R, 3, H, W], 1 <= R <= I. Of no pictures, a
+            rank's that has none, all terms are 0.
     """
     shown = pixel_values[: len(reconstruction)]
-    return {
+    terms = {
         "reconstruction_loss": reconstruction_loss(reconstruction, shown, config.reconstruction),
         "quantization_loss": quantized.quantization_loss,
         "entropy_loss": quantized.entropy_loss,
     }
+    # means over nothing are NaN; as 0 they keep their place in the graph, and no gradient
+    return terms if len(pixel_values) else {name: term.nan_to_num() for name, term in terms.items()}
 
 
 def tokenizer_loss(losses: dict[str, Tensor], config: LossConfig) -> Tensor:

@@ -16,6 +16,7 @@ from ett.errors import ModelError, RecipeError, unknown
 from ett.images import FitMode
 from ett.model.configuration import EttConfig, VisualInput
 from ett.model.ett import EttForConditionalGeneration
+from ett.model.image_head import ImageHeadConfig, check_drawable
 from ett.model.loading import (
     DAMAGED,
     find_weights,
@@ -60,8 +61,8 @@ class ModelSpec:
     """What a recipe says about the model.
 
     Attributes:
-        init: a saved model or a run's folder to start from. It brings its parts; visual_input, lora, chat_template and
-            settings of its vision tokenizer can be set beside it, anything else is an error.
+        init: a saved model or a run's folder to start from. It brings its parts; visual_input, lora, image_head,
+            chat_template and settings of its vision tokenizer can be set beside it, anything else is an error.
         image_size: H and W [pixels], or one number for both.
         image_mode: how pictures are fitted to it.
         vision_tokenizer: ``{path: DIR}`` or a configuration (``tokenizer_type``, default "ibq", and its fields). Fields beside
@@ -70,6 +71,7 @@ class ModelSpec:
         visual_input: "embedding" (ETT) or "index"; index_init: the table as a copy of the codebook, or from N(0, 1).
         chat_template: "lm" (the language model's own) or "plain" (captioning format, no roles), or a Jinja template.
         lora: keyword arguments of ``peft.LoraConfig``; null trains all weights.
+        image_head: what predicts image tokens, for the stages "gen" and "joint"; null for a model that only reads.
     """
 
     image_size: int | tuple[int, int] = 256
@@ -82,6 +84,7 @@ class ModelSpec:
     index_init: Literal["codebook", "random"] = "codebook"
     chat_template: str = "lm"
     lora: dict[str, Any] | None = None
+    image_head: ImageHeadConfig | None = None
 
     def __post_init__(self) -> None:
         require(min(self.size) >= 1, "image_size", self.image_size, "at least 1")
@@ -107,12 +110,12 @@ def build_vision_tokenizer(spec: ModelSpec, *, weights: bool = True) -> VisionTo
     else:
         with torch.device("cpu" if weights else "meta"):
             tokenizer = VisionTokenizer.from_config(spec.vision_tokenizer, "model.vision_tokenizer")
-    num_positions(tokenizer, spec.projector.merge_size, spec.size)
+    num_positions(tokenizer, spec.projector.merge_size, spec.size, spec.projector.row_ends)
     return tokenizer
 
 
-def num_positions(tokenizer: VisionTokenizer, merge_size: int, size: tuple[int, int]) -> int:
-    """Visual positions that a picture of (H, W) pixels takes in the sequence.
+def num_positions(tokenizer: VisionTokenizer, merge_size: int, size: tuple[int, int], row_ends: bool = False) -> int:
+    """Visual positions that a picture of (H, W) pixels takes in the sequence, the ends of its rows included.
 
     Raises:
         RecipeError: H or W is not a multiple of downsample * merge_size.
@@ -124,7 +127,7 @@ def num_positions(tokenizer: VisionTokenizer, merge_size: int, size: tuple[int, 
             f"model.image_size = {height} x {width} must be a multiple of {step} (downsampling {tokenizer.downsample} times "
             f"projector.merge_size {merge_size})."
         )
-    return (height // step) * (width // step)
+    return (height // step) * (width // step + row_ends)
 
 
 def parts_of(spec: LanguageModelSpec, *, weights: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -175,11 +178,21 @@ def build_processor(
     processor = EttProcessor(
         EttImageProcessor(height, width, spec.image_mode),
         text_tokenizer,
-        num_image_positions=num_positions(vision_tokenizer, spec.projector.merge_size, spec.size),
+        num_image_positions=num_positions(
+            vision_tokenizer, spec.projector.merge_size, spec.size, spec.projector.row_ends
+        ),
+        positions_per_row=_positions_per_row(spec, vision_tokenizer),
         chat_template=_template(spec.chat_template),
+        draws=spec.image_head is not None,
     )
     check_template(processor)
     return processor
+
+
+def _positions_per_row(spec: ModelSpec, tokenizer: VisionTokenizer) -> int:
+    """Where rows have ends, the positions of one, its end included; else 0."""
+    step = tokenizer.downsample * spec.projector.merge_size
+    return spec.size[1] // step + 1 if spec.projector.row_ends else 0
 
 
 def _template(given: str) -> str | None:
@@ -230,6 +243,7 @@ def build_model(
         visual_input=spec.visual_input,
         image_token_id=add_image_token(text_tokenizer),
         lora=spec.lora,
+        image_head=None if spec.image_head is None else to_mapping(spec.image_head),
     )
     with torch.device("cpu" if weights else "meta"):
         model = EttForConditionalGeneration.from_parts(config, vision_tokenizer, language_model)
@@ -274,6 +288,8 @@ def start_from(
         "language_model": spec.language_model is None,
         "projector": spec.projector in (ProjectorConfig(), model.config.projector_config),
         "lora": spec.lora is None or model.config.lora is None or spec.lora == model.config.lora,
+        "image_head": None in (spec.image_head, model.config.image_head)
+        or spec.image_head == model.config.image_head_config,
     }
     refused = [name for name, fits in fixed.items() if not fits]
     if refused:
@@ -295,6 +311,11 @@ def start_from(
         model.config.lora = spec.lora
         with torch.device("cpu" if weights else "meta"):
             inject_lora(model.language_model, spec.lora)
+    if spec.image_head is not None and model.image_head is None:
+        check_drawable(model.config.projector_config)
+        model.config.image_head, processor.draws = to_mapping(spec.image_head), True
+        with torch.device("cpu" if weights else "meta"):
+            model.add_image_head()
     if spec.chat_template != "lm":
         processor.chat_template = _template(spec.chat_template)
         check_template(processor)

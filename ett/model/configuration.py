@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ett.config import from_mapping, require, to_mapping
 from ett.losses.joint import LossConfig
+from ett.model.image_head import ImageHeadConfig, check_drawable
 from ett.model.projector import ProjectorConfig
 
 VisualInput = Literal["embedding", "index"]
@@ -24,6 +25,7 @@ class EttConfig(PreTrainedConfig):
         visual_input: "embedding" reads codebook embeddings (ETT); "index" looks indices up in a trainable K x D table.
         image_token_id: the placeholder of one visual position in ``input_ids``. It may lie outside the text vocabulary.
         lora: keyword arguments of ``peft.LoraConfig`` for adapters inside the language model, or None.
+        image_head: `ImageHeadConfig` as a mapping, of a model that draws; None for one that only reads.
     """
 
     model_type = "ett"
@@ -40,6 +42,7 @@ class EttConfig(PreTrainedConfig):
         visual_input: VisualInput = "embedding",
         image_token_id: int = -1,
         lora: dict[str, Any] | None = None,
+        image_head: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         require(visual_input in ("embedding", "index"), "visual_input", visual_input, '"embedding" or "index"')
@@ -52,12 +55,20 @@ class EttConfig(PreTrainedConfig):
         self.visual_input = visual_input
         self.image_token_id = image_token_id
         self.lora = lora
+        self.image_head = None
+        if image_head is not None:
+            self.image_head = to_mapping(from_mapping(ImageHeadConfig, image_head, "image_head"))
+            check_drawable(self.projector_config)
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 
     @property
     def projector_config(self) -> ProjectorConfig:
         return from_mapping(ProjectorConfig, self.projector)
+
+    @property
+    def image_head_config(self) -> ImageHeadConfig | None:
+        return None if self.image_head is None else from_mapping(ImageHeadConfig, self.image_head)
 
     @property
     def loss_config(self) -> LossConfig:

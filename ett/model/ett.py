@@ -12,12 +12,22 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from ett.losses.caption import caption_loss, next_token_labels, supervised_columns
+from ett.losses.caption import (
+    caption_loss,
+    linear_caption_loss,
+    next_token_labels,
+    supervised_columns,
+    text_labels,
+)
 from ett.losses.joint import LossConfig, tokenizer_loss, tokenizer_losses
 from ett.model.configuration import EttConfig
+from ett.model.drawing import Drawing
+from ett.model.head import has_linear_head
+from ett.model.image_head import ImageHead
 from ett.model.lora import inject_lora
 from ett.model.projector import Projector
 from ett.tokenizers import VisionTokenizer
+from ett.tokenizers.quantizer import spans_ranks
 from ett.types import IGNORE_INDEX, Quantized
 
 PICTURES = ("pixel_values", "image_indices")
@@ -29,8 +39,9 @@ class EttOutput(ModelOutput):
     """What `forward` returns; fields that a call does not compute are None.
 
     Attributes:
-        loss: float[], ``caption_weight * L_cap + tokenizer_weight * L_vq`` over the terms that were computed.
-        logits: float[B, T', V], T' as `logits_to_keep` says.
+        loss: float[], ``caption_weight * L_cap + image_weight * L_image + tokenizer_weight * L_vq`` over the terms that were
+            computed.
+        logits: float[B, T', V], T' as `logits_to_keep` says; None where the loss was taken at `loss_positions`.
         losses: every term by name, unweighted, float[] each.
         past_key_values: the language model's cache.
         quantized: `Quantized` of the batch's images.
@@ -48,11 +59,12 @@ class EttOutput(ModelOutput):
     reconstruction: Tensor | None = None
 
 
-class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class EttForConditionalGeneration(Drawing, PreTrainedModel, GenerationMixin):
     """ETT around any causal language model of transformers (ETT figure 2).
 
     Parts: ``vision_tokenizer`` (`VisionTokenizer`), ``projector``, ``language_model`` (a complete causal LM with its own
-    embedding and head), and ``index_embedding`` (K x D) where ``visual_input`` is "index".
+    embedding and head), ``index_embedding`` (K x D) where ``visual_input`` is "index", and ``image_head`` (`ImageHead`) where
+    the model draws.
     """
 
     config_class = EttConfig
@@ -83,6 +95,10 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.index_embedding: nn.Embedding | None = None
         if config.visual_input == "index":
             self.index_embedding = nn.Embedding(self.vision_tokenizer.codebook_size, self.vision_tokenizer.codebook_dim)
+        self.image_head: ImageHead | None = None
+        if config.image_head is not None:
+            self.image_head = self._fresh_image_head()
+        self._head_is_linear: bool | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,6 +131,8 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model.index_embedding = nn.Embedding.from_pretrained(
                 vision_tokenizer.quantize.codebook.detach().clone(), freeze=False
             )
+        if config.image_head is not None:
+            model.add_image_head()
         model.generation_config = language_model.generation_config
         if config.image_token_id < config.text_config.get_text_config().vocab_size:
             # a placeholder is never an answer, and could not be read back as one
@@ -124,7 +142,7 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # -- the parts that transformers asks for --------------------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
-        return cast(nn.Module, self.language_model.get_input_embeddings())
+        return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
@@ -138,8 +156,8 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # -- the figure ----------------------------------------------------------------------------------------------------
 
     def visual_embeddings(self, quantized: Quantized | Tensor, reaches_tokenizer: bool = True) -> Tensor:
-        """Projected visual positions, float[I, N / n**2, C], of quantized images or of int64[I, h, w] indices; from indices
-        nothing reaches the tokenizer."""
+        """Projected visual positions, float[I, P, C] (see `Projector`), of quantized images or of int64[I, h, w] indices; from
+        indices nothing reaches the tokenizer."""
         if self.index_embedding is not None:
             indices = quantized if isinstance(quantized, Tensor) else quantized.indices
             embeddings = self.index_embedding(indices).permute(0, 3, 1, 2)
@@ -186,6 +204,8 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
         tokenizer_share: float | None = None,
         loss_config: LossConfig | None = None,
         image_indices: Tensor | None = None,
+        num_drawn_in_batch: Tensor | float | None = None,
+        loss_positions: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> EttOutput:
@@ -195,7 +215,8 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: int64[B, T], image placeholders where visual positions go.
             pixel_values: float[I, 3, H, W] in [-1, 1], in reading order over the batch.
             attention_mask: int64[B, T], 1 where real; padding on either side.
-            labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken; gives `loss`.
+            labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken; gives `loss`. A model with an image head also learns
+                the image tokens at ``DRAWN_INDEX``.
             logits_to_keep: as in transformers: 0 all, n the last n, or int64[U] the positions to compute logits for. With
                 labels, the loss is taken over those positions. "supervised" positions: `supervised_columns(labels)`.
             num_items_in_batch: divisor of the caption loss (see `caption_loss`); None counts this batch's own. Losses of the
@@ -205,12 +226,17 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss_config: weights; None takes the saved configuration's.
             image_indices: int64[I, h, w] in [0, K), `vision_tokenizer.tokenize(pixel_values)` of a frozen tokenizer in place of
                 `pixel_values` (`ett.data.codes`): the same embeddings, without the encoder. There is then no L_vq.
+            num_drawn_in_batch: divisor of the image loss, as `num_items_in_batch`; None takes that one, where it is given.
+            loss_positions: `supervised_positions(labels)`, int64[S]: with labels the caption loss is taken there, a chunk of
+                logits at a time, and `logits` is None. `logits_to_keep` then counts for nothing.
         """
         weights = loss_config or self.config.loss_config
         if image_indices is not None:
             _check_indices(pixel_values, labels is not None and weights.tokenizer_weight > 0)
         quantized = reconstruction = None
-        if pixel_values is not None and pixel_values.shape[0] > 0:
+        # ranks wait for each other in the quantizer and for gradients: one without pictures takes part with none
+        takes_part = image_indices is None and spans_ranks(self)
+        if pixel_values is not None and (pixel_values.shape[0] > 0 or takes_part):
             features = self.vision_tokenizer.encode(pixel_values)
             quantized = self.vision_tokenizer.quantize(features, entropy=labels is not None and weights.uses_entropy)
         if inputs_embeds is None:
@@ -226,20 +252,45 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             and attention_mask.dim() == 2
         ):
             position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-        outputs = self.language_model(
+        draws = labels is not None and self.image_head is not None and weights.image_weight > 0
+        if draws:
+            kwargs["output_hidden_states"] = True
+        fused = labels is not None and loss_positions is not None and self._loss_applies_head(draws)
+        reader = self.language_model.get_decoder() if fused else self.language_model
+        if labels is not None and loss_positions is not None and not fused:
+            logits_to_keep = supervised_columns(labels)
+        outputs = reader(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            logits_to_keep=logits_to_keep,
             return_dict=True,
+            **({} if fused else {"logits_to_keep": logits_to_keep}),
             **kwargs,
         )
         loss, losses = None, None
         if labels is not None:
-            targets = _keep(next_token_labels(labels), logits_to_keep)
-            losses = {"caption_loss": caption_loss(outputs.logits, targets, num_items_in_batch)}
-            loss = weights.caption_weight * losses["caption_loss"]
+            losses = {}
+            targets = next_token_labels(text_labels(labels))
+            if draws:
+                hidden = outputs.hidden_states[-1]
+                seen = image_indices if quantized is None else quantized.indices
+                divisor = num_items_in_batch if num_drawn_in_batch is None else num_drawn_in_batch
+                losses["image_loss"] = self.image_loss(hidden, input_ids, labels, seen, divisor)
+            if weights.caption_weight > 0 or not draws:
+                if fused:
+                    states = outputs.last_hidden_state.flatten(0, 1)[loss_positions]
+                    text_head = cast(nn.Linear, self.get_output_embeddings())
+                    wanted = targets.flatten()[loss_positions]
+                    losses["caption_loss"] = linear_caption_loss(states, text_head, wanted, num_items_in_batch)
+                else:
+                    logits = outputs.logits
+                    if draws:
+                        logits = self.with_image_logits(logits, _keep(hidden, logits_to_keep))
+                    wanted = _keep(targets, logits_to_keep)
+                    losses["caption_loss"] = caption_loss(logits, wanted, num_items_in_batch)
+            factors = {"caption_loss": weights.caption_weight, "image_loss": weights.image_weight}
+            loss = cast(Tensor, sum(factors[name] * term for name, term in losses.items()))
             if quantized is not None and weights.tokenizer_weight > 0 and pixel_values is not None:
                 share = weights.reconstruction_share if self.training else 1.0
                 decoded = math.ceil(share * len(pixel_values))
@@ -251,7 +302,7 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 loss = loss + weights.tokenizer_weight * tokenizer_share * tokenizer_loss(losses, weights)
         return EttOutput(
             loss=loss,
-            logits=outputs.logits,
+            logits=None if fused else outputs.logits,
             losses=losses,
             past_key_values=getattr(outputs, "past_key_values", None),
             hidden_states=outputs.hidden_states,
@@ -259,6 +310,12 @@ class EttForConditionalGeneration(PreTrainedModel, GenerationMixin):
             quantized=quantized,
             reconstruction=reconstruction,
         )
+
+    def _loss_applies_head(self, draws: bool) -> bool:
+        """Whether the caption loss can apply the language model's head by itself, chunk by chunk."""
+        if self._head_is_linear is None:
+            self._head_is_linear = has_linear_head(self.language_model)
+        return self._head_is_linear and not (draws and self.image_head is not None and self.image_head.shares_softmax)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
@@ -321,11 +378,11 @@ def _repeat_pictures(pictures: Tensor, is_image: Tensor, times: int) -> Tensor:
     return torch.cat([own for each in pictures.split(counts) for own in [each] * times])
 
 
-def _keep(targets: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The columns of int64[B, T] that transformers' `logits_to_keep` selects."""
+def _keep(rows: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The columns of [B, T, ...] that transformers' `logits_to_keep` selects."""
     if isinstance(logits_to_keep, Tensor):
-        return targets[:, logits_to_keep]
-    return targets[:, -logits_to_keep:] if logits_to_keep else targets
+        return rows[:, logits_to_keep]
+    return rows[:, -logits_to_keep:] if logits_to_keep else rows
 
 
 __all__ = ["EttForConditionalGeneration", "EttOutput", "supervised_columns"]

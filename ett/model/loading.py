@@ -115,7 +115,7 @@ def load_model(directory: Path, *, weights: bool = True) -> tuple[EttForConditio
         with torch.device("meta"):
             model = EttForConditionalGeneration(config)
     processor: EttProcessor = _guarded(f"The processor in {directory}", lambda: EttProcessor.from_pretrained(directory))
-    channels_last(model.vision_tokenizer)
+    channels_last(model)
     return model.eval(), processor
 
 

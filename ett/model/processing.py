@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ett.errors import DataError, ModelError, unknown
 from ett.images import FIT_MODES, Box, FitMode, fit, load_image, to_array
+from ett.losses.caption import supervised_positions
+from ett.model.packing import packed_rows
 from ett.model.text import CHAT_TEMPLATES, IMAGE_TOKEN, add_image_token
-from ett.types import IGNORE_INDEX, Batch, Example, Message
+from ett.types import DRAWN_INDEX, IGNORE_INDEX, Batch, Example, Message
 
 
 class EttImageProcessor(BaseImageProcessor):
@@ -69,9 +72,12 @@ class EttProcessor(ProcessorMixin):
     Args:
         image_processor: fixes the pictures' size.
         tokenizer: the language model's; gets `IMAGE_TOKEN` if it lacks it.
-        num_image_positions: visual positions a picture takes, (H / (downsample * n)) * (W / (downsample * n)).
+        num_image_positions: visual positions a picture takes, (H / (downsample * n)) * (W / (downsample * n)), and one more
+            for each row where rows have ends.
         chat_template: a Jinja template over messages whose ``content`` is text with `IMAGE_TOKEN` for each picture; None
             takes the tokenizer's own, or the plain captioning format if it has none.
+        draws: of a model with an image head: pictures in the assistant's turns are labelled, to be drawn.
+        positions_per_row: of a picture, the row's end included; 0 where rows have none.
     """
 
     def __init__(
@@ -80,9 +86,12 @@ class EttProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         num_image_positions: int = 0,
         chat_template: str | None = None,
+        draws: bool = False,
+        positions_per_row: int = 0,
         **kwargs: Any,
     ) -> None:
         self.num_image_positions = num_image_positions
+        self.draws, self.positions_per_row = draws, positions_per_row
         self.image_token = IMAGE_TOKEN
         self.image_token_id = add_image_token(tokenizer)
         template = chat_template or getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATES["plain"]
@@ -116,25 +125,47 @@ class EttProcessor(ProcessorMixin):
         pixels = [self.image_processor.fit(image)[0] for image in example.images]
         return Encoded(input_ids, labels, pixels, example.id, list(example.image_indices or ()))
 
-    def collate(self, items: Sequence[Encoded], padding_side: str = "right") -> Batch:
-        """Pad encoded examples to the longest and stack them."""
+    def collate(self, items: Sequence[Encoded], padding_side: str = "right", *, packing: bool = False) -> Batch:
+        """Pad encoded examples to the longest and stack them.
+
+        Args:
+            packing: put several into a row where they fit (`packed_rows`), pictures and ids in the order of the rows. Nothing
+                predicts the first token of a conversation, whatever stands before it.
+        """
         longest = max(len(item.input_ids) for item in items)
+        rows = packed_rows([len(item.input_ids) for item in items]) if packing else [[i] for i in range(len(items))]
+        items = [items[number] for row in rows for number in row]
+        starts = np.cumsum([0, *(len(row) for row in rows)])
+        shared = [items[start:stop] for start, stop in pairwise(starts)]
 
         def padded(values: list[int], fill: int) -> list[int]:
             padding = [fill] * (longest - len(values))
             return values + padding if padding_side == "right" else padding + values
 
+        def joined(row: Sequence[Encoded], fill: int, name: str) -> list[int]:
+            return padded([value for item in row for value in getattr(item, name)], fill)
+
         pad_id = self.pad_token_id
         pixels = [pixel for item in items for pixel in item.pixel_values]
         size = (0, 3, self.image_processor.height, self.image_processor.width)
         indices = [each for item in items for each in item.image_indices]
+        labels = torch.tensor([joined(row, IGNORE_INDEX, "labels") for row in shared])
+        position_ids = None
+        if packing:
+            counted = [[t for item in row for t in range(len(item.input_ids))] for row in shared]
+            position_ids = torch.tensor([row + list(range(longest - len(row))) for row in counted])
+            labels[position_ids == 0] = IGNORE_INDEX
         return Batch(
             pixel_values=torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(size),
-            input_ids=torch.tensor([padded(item.input_ids, pad_id) for item in items]),
-            attention_mask=torch.tensor([padded([1] * len(item.input_ids), 0) for item in items]),
-            labels=torch.tensor([padded(item.labels, IGNORE_INDEX) for item in items]),
+            input_ids=torch.tensor([joined(row, pad_id, "input_ids") for row in shared]),
+            attention_mask=torch.tensor([padded([1] * sum(len(item.input_ids) for item in row), 0) for row in shared]),
+            labels=labels,
             ids=[item.id for item in items],
             image_indices=torch.from_numpy(np.stack(indices).astype(np.int64)) if indices else None,
+            # counted here: on an accelerator the loop would have to wait for it
+            loss_positions=supervised_positions(labels),
+            drawn_tokens=int((labels[:, 1:] == DRAWN_INDEX).sum()),
+            position_ids=position_ids,
         )
 
     def prompt(self, examples: Sequence[Example]) -> Batch:
@@ -152,6 +183,21 @@ class EttProcessor(ProcessorMixin):
             items.append(Encoded(ids, [IGNORE_INDEX] * len(ids), pixels, example.id))
         return self.collate(items, padding_side="left")
 
+    def drawing_inputs(self, prompts: Sequence[str], guided: bool = True) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` for `generate_images`, padded on the left.
+
+        Args:
+            prompts: what to draw. guided: behind them the rows that say nothing, as many again.
+
+        Raises:
+            DataError: a prompt that contains the picture placeholder.
+        """
+        texts = [*prompts, *[""] * len(prompts)] if guided else prompts
+        turns = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
+        ids = [self.tokenize_conversation(each, add_generation_prompt=True)[0] for each in turns]
+        batch = self.collate([Encoded(each, [IGNORE_INDEX] * len(each), [], "") for each in ids], padding_side="left")
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
     @property
     def pad_token_id(self) -> int:
         """The id that fills padding; masked everywhere, so the end-of-sequence token serves where there is no other."""
@@ -165,6 +211,9 @@ class EttProcessor(ProcessorMixin):
     ) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of equal length; labels are the ids of assistant turns and ``IGNORE_INDEX`` elsewhere.
 
+        Where the model draws, a picture in an assistant turn has ``DRAWN_INDEX``; of a turn that is nothing but a picture, what
+        the template writes around it is not supervised.
+
         The rendered text is cut where supervision begins and ends, and each piece is tokenized by itself: a prompt then has
         the same ids in training and in generation, whatever the tokenizer would merge across the border.
         """
@@ -172,12 +221,12 @@ class EttProcessor(ProcessorMixin):
         input_ids: list[int] = []
         labels: list[int] = []
 
-        def append(text: str, supervised: bool) -> None:
+        def append(text: str, supervised: bool, drawn: bool = False) -> None:
             pieces = text.split(IMAGE_TOKEN)
             for i, piece in enumerate(pieces):
                 if i > 0:
                     input_ids.extend([self.image_token_id] * self.num_image_positions)
-                    labels.extend([IGNORE_INDEX] * self.num_image_positions)
+                    labels.extend(self._picture_labels(drawn))
                 ids: list[int] = self.tokenizer(piece, add_special_tokens=False).input_ids if piece else []
                 input_ids.extend(ids)
                 labels.extend(ids if supervised else [IGNORE_INDEX] * len(ids))
@@ -195,12 +244,19 @@ class EttProcessor(ProcessorMixin):
             answer = full[len(prompt) :]
             stripped = answer.rstrip()
             append(prompt[len(done) :], False)
-            append(stripped, True)
+            silent = IMAGE_TOKEN in message["content"] and not message["content"].replace(IMAGE_TOKEN, "").strip()
+            append(stripped, not (self.draws and silent), drawn=self.draws)
             append(answer[len(stripped) :], False)
             done = full
         append(self._render(flat, add_generation_prompt)[len(done) :], False)
         start = self._leading_ids(input_ids)
         return start + input_ids, [IGNORE_INDEX] * len(start) + labels
+
+    def _picture_labels(self, drawn: bool) -> list[int]:
+        """Of a picture's positions: the tokens of one that is drawn are predicted, the ends of its rows are not."""
+        row = self.positions_per_row
+        tokens = (not row or (position + 1) % row for position in range(self.num_image_positions))
+        return [DRAWN_INDEX if drawn and token else IGNORE_INDEX for token in tokens]
 
     def _flatten(self, message: Message, where: str) -> str:
         content = message["content"]
@@ -254,45 +310,66 @@ class EttProcessor(ProcessorMixin):
             data.update(self.tokenizer(expanded, padding=padding, **kwargs))
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]  # strings or tensors, as the library itself does
-        """As in transformers; contents may be text or lists of parts. A `chat_template` given here is used for this call."""
+    def apply_chat_template(  # type: ignore[override]  # strings or tensors, as the library itself does
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; contents may be text or lists of parts. A `chat_template` given here is used for this call.
+
+        Text, or with `tokenize` or `return_dict` tensors, always in a `BatchFeature`; with `return_assistant_tokens_mask` also
+        ``assistant_masks`` int64[B, T], 1 where `tokenize_conversation` puts labels. Of `processor_kwargs`, ``padding_side``
+        counts ("left" by default, for generation). `continue_final_message` leaves the last turn open, to be continued.
+        """
         if chat_template is not None:
             kept, self.chat_template = self.chat_template, chat_template
-            try:
-                return self.apply_chat_template(conversation, **kwargs)
-            finally:
+        try:
+            single = bool(conversation) and isinstance(conversation[0], dict)
+            conversations = [conversation] if single else conversation
+            if not tokenize and not return_dict:
+                texts = [
+                    self._chat_text(turns, add_generation_prompt, continue_final_message) for turns in conversations
+                ]
+                return texts[0] if single else texts
+            items = [self._chat_item(turns, add_generation_prompt, continue_final_message) for turns in conversations]
+        finally:
+            if chat_template is not None:
                 self.chat_template = kept
-        single = bool(conversation) and isinstance(conversation[0], dict)
-        conversations = [conversation] if single else conversation
-        if kwargs.get("tokenize") or kwargs.get("return_dict"):
-            images = [
-                part.get("image", part.get("url", part.get("path")))
-                for turns in conversations
-                for message in turns
-                if not isinstance(message["content"], str)
-                for part in message["content"]
-                if part["type"] == "image"
-            ]
-            batch = self._chat_tensors(conversations, images, bool(kwargs.get("add_generation_prompt")))
-            return BatchFeature(batch, tensor_type=None)
-        texts = [
-            self._render(
-                [{"role": m["role"], "content": self._flatten(m, "conversation")} for m in turns],
-                bool(kwargs.get("add_generation_prompt")),
-            )
-            for turns in conversations
-        ]
-        return texts[0] if single else texts
-
-    def _chat_tensors(self, conversations: Any, images: list[Any], add_generation_prompt: bool) -> dict[str, Tensor]:
-        pixels = [self.image_processor.fit(load_image(image))[0] for image in images]
-        items = []
-        for turns in conversations:
-            ids, labels = self.tokenize_conversation(turns, add_generation_prompt=add_generation_prompt)
-            items.append(Encoded(ids, labels, [], ""))
-        batch = self.collate(items, padding_side="left")
+        batch = self.collate(items, padding_side=(processor_kwargs or {}).get("padding_side", "left"))
         data = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        return data | ({"pixel_values": torch.from_numpy(np.stack(pixels))} if pixels else {})
+        if return_assistant_tokens_mask:
+            data["assistant_masks"] = (batch.labels != IGNORE_INDEX).long()
+        return BatchFeature(data | ({"pixel_values": batch.pixel_values} if len(batch.pixel_values) else {}))
+
+    def _chat_text(self, turns: Sequence[Message], add_generation_prompt: bool, open_end: bool) -> str:
+        flat = [{"role": turn["role"], "content": self._flatten(turn, "conversation")} for turn in turns]
+        if open_end:
+            return self._render(flat[:-1], True) + flat[-1]["content"]
+        return self._render(flat, add_generation_prompt)
+
+    def _chat_item(self, turns: Sequence[Message], add_generation_prompt: bool, open_end: bool) -> Encoded:
+        images = [
+            part.get("image", part.get("url", part.get("path")))
+            for turn in turns
+            if not isinstance(turn["content"], str)
+            for part in turn["content"]
+            if part["type"] == "image"
+        ]
+        pixels = [self.image_processor.fit(load_image(image))[0] for image in images]
+        closed = turns[:-1] if open_end else turns
+        ids, labels = self.tokenize_conversation(closed, add_generation_prompt=add_generation_prompt or open_end)
+        if open_end:
+            begun = self.tokenizer(self._flatten(turns[-1], "conversation"), add_special_tokens=False).input_ids
+            ids, labels = ids + begun, labels + begun
+        return Encoded(ids, labels, pixels, "")
 
     @property
     def model_input_names(self) -> list[str]:

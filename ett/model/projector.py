@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ett.config import require
+from ett.tokenizers.base import channels_last
 
 WHITENING_FLOOR = 1e-4
 """Added to each direction's variance, as a share of the largest: directions of mere noise are not blown up."""
@@ -34,6 +35,8 @@ class ProjectorConfig:
         normalize_output: give every position the length of the language model's text embeddings (RMS, learned from there).
         grid_positions: learned row and column embeddings for grids of up to so many positions a side are added to the output;
             0 for none. Codes say little about where they are, and a language model's own positions count from the text.
+        row_ends: a learned embedding of its own ends each row of positions: another way to say where they are, for grids of
+            any size.
     """
 
     depth: int = 2
@@ -43,6 +46,7 @@ class ProjectorConfig:
     whiten: bool = False
     normalize_output: bool = False
     grid_positions: int = 0
+    row_ends: bool = False
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, "depth", self.depth, "at least 1")
@@ -55,7 +59,7 @@ class ProjectorConfig:
 
 
 class Projector(nn.Module):
-    """float[I, D, h, w] -> float[I, N / n**2, C], positions in reading order."""
+    """float[I, D, h, w] -> float[I, P, C], P = N / n**2 positions in reading order, or h / n more where rows have ends."""
 
     def __init__(self, config: ProjectorConfig, codebook_dim: int, hidden_size: int) -> None:
         super().__init__()
@@ -76,6 +80,9 @@ class Projector(nn.Module):
             self.rows, self.columns = (nn.Embedding(config.grid_positions, hidden_size) for _ in range(2))
             for table in (self.rows, self.columns):
                 nn.init.normal_(table.weight, std=POSITION_STD)
+        self.row_end = nn.Parameter(torch.empty(hidden_size).normal_(std=POSITION_STD)) if config.row_ends else None
+        # as the embeddings come: from a quantizer, which works on rows of channels
+        channels_last(self)
 
     @torch.no_grad()
     def fit(self, codebook: Tensor, text_embeddings: Tensor) -> None:
@@ -90,11 +97,27 @@ class Projector(nn.Module):
             variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
             floor = WHITENING_FLOOR * variances[-1]
             self.scale.copy_((directions / (variances.clamp(min=0) + floor).sqrt()) @ directions.T)
+        size = float(text_embeddings.float().pow(2).mean().sqrt())
         if self.norm is not None:
-            self.norm.weight.fill_(float(text_embeddings.float().pow(2).mean().sqrt()))
+            self.norm.weight.fill_(size)
+        if self.row_end is not None:
+            self.row_end.normal_(std=size)
 
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """Raises ValueError for a grid that is larger than the position embeddings."""
+    def read(self, codes: Tensor) -> Tensor:
+        """float[..., D] codes as the layers see them: whitened where the configuration says so."""
+        return codes if self.shift is None or self.scale is None else (codes - self.shift) @ self.scale
+
+    def forward(self, embeddings: Tensor, start: int = 0, width: int | None = None) -> Tensor:
+        """Project a grid, or the one token that was just drawn.
+
+        Args:
+            embeddings: float[I, D, h, w].
+            start, width: of a 1 x 1 grid that is token number `start`, in reading order, of a grid of `width` columns; where
+                rows have ends, the last one of a row brings its end.
+
+        Raises:
+            ValueError: a grid that is larger than the position embeddings.
+        """
         if self.shift is not None and self.scale is not None:
             centred = embeddings - self.shift[:, None, None]
             embeddings = torch.einsum("ndhw,de->nehw", centred, self.scale)
@@ -102,17 +125,35 @@ class Projector(nn.Module):
             seen = F.gelu(convolution(embeddings))
             embeddings = seen if i == 0 else embeddings + seen
         # pixel_unshuffle merges each n x n block into channels, row by row
-        merged = F.pixel_unshuffle(embeddings, self.merge_size) if self.merge_size > 1 else embeddings
+        n = self.merge_size
+        if len(embeddings) == 0:
+            # of no pictures pixel_unshuffle leaves the shape as it was
+            merged = embeddings.reshape(
+                0, n * n * embeddings.shape[1], embeddings.shape[2] // n, embeddings.shape[3] // n
+            )
+        else:
+            merged = F.pixel_unshuffle(embeddings, n) if n > 1 else embeddings
         x = merged.flatten(2).transpose(1, 2)
         for i, layer in enumerate(self.layers):
             x = layer(x if i == 0 else F.gelu(x))
         x = x if self.norm is None else self.norm(x)
-        if self.rows is None or self.columns is None:
+        if self.rows is not None and self.columns is not None:
+            if width is None:
+                x = x + _places(self.rows, self.columns, *merged.shape[2:])
+            else:
+                row, column = divmod(start, width)
+                x = x + self.rows.weight[row] + self.columns.weight[column]
+        if self.row_end is None or (width is not None and (start + 1) % width):
             return x
-        height, width = merged.shape[2:]
-        if max(height, width) > self.rows.num_embeddings:
-            raise ValueError(
-                f"A grid of {height} x {width} positions is larger than the projector's grid_positions "
-                f"({self.rows.num_embeddings}). Use smaller pictures, or a projector with more."
-            )
-        return x + (self.rows.weight[:height, None] + self.columns.weight[None, :width]).flatten(0, 1)
+        ends = self.row_end.to(x.dtype).expand(len(x), merged.shape[2], 1, -1)
+        return torch.cat([x.unflatten(1, merged.shape[2:]), ends], dim=2).flatten(1, 2)
+
+
+def _places(rows: nn.Embedding, columns: nn.Embedding, height: int, width: int) -> Tensor:
+    """float[height * width, C]: what says where positions are."""
+    if max(height, width) > rows.num_embeddings:
+        raise ValueError(
+            f"A grid of {height} x {width} positions is larger than the projector's grid_positions ({rows.num_embeddings}). "
+            "Use smaller pictures, or a projector with more."
+        )
+    return (rows.weight[:height, None] + columns.weight[None, :width]).flatten(0, 1)

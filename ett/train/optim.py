@@ -13,6 +13,9 @@ from torch import nn
 from ett.config import require
 from ett.errors import RecipeError, unknown
 
+PARTS = ("vision_tokenizer", "projector", "language_model", "image_head")
+"""Parts of a model, each with a learning rate of its own if a recipe says so."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -20,7 +23,7 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: peak, > 0.
-        learning_rates: peaks of single parts ("vision_tokenizer", "projector", "language_model") instead.
+        learning_rates: peaks of single parts ("vision_tokenizer", "projector", "language_model", "image_head") instead.
         betas, eps, weight_decay: of AdamW. Decay skips vectors (norms, biases) and the codebook.
         max_grad_norm: clip the global gradient norm to this; null does not clip.
         schedule: after warm-up, "cosine" to `final_ratio` of the peak at the last step, or "constant".
@@ -43,10 +46,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         for part, rate in self.learning_rates.items():
-            if part not in ("vision_tokenizer", "projector", "language_model"):
-                raise RecipeError(
-                    unknown("part in learning_rates", part, ("vision_tokenizer", "projector", "language_model"))
-                )
+            if part not in PARTS:
+                raise RecipeError(unknown("part in learning_rates", part, PARTS))
             require(rate > 0, f"learning_rates.{part}", rate, "above 0")
         require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
         require(self.eps > 0, "eps", self.eps, "above 0")

@@ -16,23 +16,30 @@ from ett.losses.adversarial import DiscriminatorConfig
 from ett.losses.joint import LossConfig
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.lora import is_lora_parameter
+from ett.tokenizers import VisionTokenizer
+from ett.train.balance import BalanceConfig
 from ett.train.health import HealthConfig
 from ett.train.measures import tokenizer_probes
 from ett.train.objectives import run_model
 from ett.train.optim import OptimizerConfig
 from ett.types import Batch
 
-StageName = Literal["tokenizer", "align", "semantic", "chat"]
-PartName = Literal["vision_tokenizer", "projector", "language_model"]
-PARTS: tuple[PartName, ...] = ("vision_tokenizer", "projector", "language_model")
+StageName = Literal["tokenizer", "align", "semantic", "chat", "gen", "joint", "decoder"]
+PartName = Literal["vision_tokenizer", "projector", "language_model", "image_head"]
 
 _TRAINS: dict[str, tuple[PartName, ...]] = {
     "tokenizer": ("vision_tokenizer",),
     "align": ("projector",),
     "semantic": ("vision_tokenizer", "projector", "language_model"),
     "chat": ("projector", "language_model"),
+    "gen": ("projector", "language_model", "image_head"),
+    "joint": ("projector", "language_model", "image_head"),
+    # of it the decoder alone, see `train_decoder`
+    "decoder": ("vision_tokenizer",),
 }
-CACHEABLE: tuple[StageName, ...] = ("align", "chat")
+DRAWING: tuple[StageName, ...] = ("gen", "joint")
+"""Stages that learn to draw."""
+CACHEABLE: tuple[StageName, ...] = ("align", "chat", *DRAWING)
 """Stages that may read a code cache. "semantic" never does, not even an arm that freezes the tokenizer: what arms are compared
 by must not depend on the road that pictures take."""
 
@@ -42,8 +49,10 @@ class StageConfig:
     """One stage of a recipe.
 
     Attributes:
-        stage: "tokenizer" (stage 0, L_vq), "align" (projector, L_cap), "semantic" (everything, L_cap + alpha L_vq) or
-            "chat" (projector and language model, L_cap on instructions).
+        stage: "tokenizer" (stage 0, L_vq), "align" (projector, L_cap), "semantic" (everything, L_cap + alpha L_vq),
+            "chat" (projector and language model, L_cap on instructions), "gen" (projector, language model and image head,
+            cross-entropy of image tokens), "joint" (the same parts, both losses) or "decoder" (the vision tokenizer's decoder
+            alone, L_vq of codes that stay: what a stage changed can be mended for the eye and stays for the language model).
         steps: optimizer steps, >= 1.
         batch_size: examples per step over all ranks and accumulated micro-batches.
         micro_batch_size: examples per forward on one rank; null takes as many as fit the batch size.
@@ -55,16 +64,24 @@ class StageConfig:
         validate_every: steps between validations; null validates at the end alone.
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints; null saves at the end of the stage and on interruption alone.
+        ends_with: "last", or "best": the weights whose validation had the lowest loss (needs `validate_every`).
         quantize_after: steps of the tokenizer stage in which the decoder reads the features themselves; then k-means over the
             features places the codes, and quantization begins. 0 quantizes from the start, with the codebook as it is.
         discriminator: of the adversarial term, where `losses.adversarial_weight` is above 0.
         ema_decay: average the weights that train with this decay, in [0, 1); the average is validated and is what the stage
             ends with. null ends with the weights themselves.
         gradient_checkpointing: trade compute for memory in the language model.
+        packing: put conversations of a micro-batch into rows that are as long as the longest, as many as fit: less padding, the
+            same losses. For stages whose language model reads.
+        compile: `torch.compile` for the language model's layers, and encoder and decoder of our own CNN.
+        balance: alpha follows the gradients instead of staying `losses.tokenizer_weight`, which is where it starts; null
+            fixes it.
         health: how the tokenizer is watched while it trains, and what a collapse or a non-finite loss does.
         cached_codes: true encodes every picture once, before the first step, and trains on the indices (`ett.data.codes`); they
-            are dropped with the end of the stage. A path keeps them in that folder, for other runs too. For "align" and
-            "chat" with a frozen tokenizer alone.
+            are dropped with the end of the stage. A path keeps them in that folder, for other runs too. For "align",
+            "chat", "gen" and "joint" with a frozen tokenizer alone.
+        drop_prompt: share of the pictures to be drawn, in [0, 1], that are learned without their words: what guidance
+            compares with.
     """
 
     stage: StageName
@@ -79,12 +96,17 @@ class StageConfig:
     validate_every: int | None = None
     log_every: int = 10
     checkpoint_every: int | None = 200
+    ends_with: Literal["last", "best"] = "last"
     quantize_after: int = 0
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     ema_decay: float | None = None
     gradient_checkpointing: bool = False
+    packing: bool = False
+    compile: bool = False
+    balance: BalanceConfig | None = None
     health: HealthConfig = HealthConfig()
     cached_codes: bool | str = False
+    drop_prompt: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):
@@ -92,18 +114,43 @@ class StageConfig:
         for name in ("micro_batch_size", "max_length", "validate_every", "checkpoint_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1, or null")
+        require(
+            self.ends_with == "last" or self.validate_every is not None,
+            "validate_every",
+            None,
+            'set with ends_with "best"',
+        )
         require(0 <= self.quantize_after < self.steps, "quantize_after", self.quantize_after, "at least 0, below steps")
         if self.quantize_after and self.stage != "tokenizer":
             raise RecipeError(
                 "quantize_after belongs to the tokenizer stage: only there may a codebook be placed anew."
             )
         require(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1), or null")
+        require(0 <= self.drop_prompt <= 1, "drop_prompt", self.drop_prompt, "in [0, 1]")
+        if self.stage in DRAWING and "vision_tokenizer" in self.parts:
+            raise RecipeError(
+                f"The {self.stage} stage predicts the vision tokenizer's indices, so the tokenizer must stay as it is. Leave "
+                "vision_tokenizer out of `trains`."
+            )
+        if self.stage not in DRAWING and "image_head" in self.parts:
+            raise RecipeError(f"Only the stages {' and '.join(DRAWING)} train an image head; take it out of `trains`.")
         if self.trains is not None:
             require(len(self.trains) >= 1, "trains", self.trains, "a non-empty list of parts")
             if self.stage == "tokenizer" and self.trains != ("vision_tokenizer",):
                 raise RecipeError(
                     "The tokenizer stage trains the vision tokenizer and nothing else; leave `trains` out."
                 )
+        if self.balance is not None and (self.stage != "semantic" or self.loss_config.tokenizer_weight == 0):
+            raise RecipeError(
+                "balance moves alpha between two losses: it belongs to the semantic stage, with the vision tokenizer trained "
+                "and losses.tokenizer_weight above 0."
+            )
+        if self.packing and self.stage in ("tokenizer", "decoder"):
+            raise RecipeError(
+                f"packing is for conversations, and the {self.stage} stage reads pictures alone. Leave it out."
+            )
+        if self.packing and (self.micro_batch_size or self.batch_size) == 1:
+            raise RecipeError("packing puts several conversations into a row, and a micro-batch has one. Leave it out.")
         if self.data is not None:
             require(len(self.data) >= 1, "data", self.data, "a non-empty list of sources")
         if self.cached_codes and (self.stage not in CACHEABLE or "vision_tokenizer" in self.parts):
@@ -120,21 +167,29 @@ class StageConfig:
 
     @property
     def loss_config(self) -> LossConfig:
-        """The weights in force."""
+        """The weights in force: of what the stage does not learn, 0."""
         given = self.losses or LossConfig()
-        return given if "vision_tokenizer" in self.parts else replace(given, tokenizer_weight=0.0)
+        if "vision_tokenizer" not in self.parts:
+            given = replace(given, tokenizer_weight=0.0)
+        if self.stage == "gen":
+            return replace(given, caption_weight=0.0)
+        return given if self.stage == "joint" else replace(given, image_weight=0.0)
 
 
 def part_of(name: str) -> PartName:
     """The part that a parameter of this dotted name belongs to. The index table is the projector's input, so goes with it."""
     top = name.split(".", 1)[0]
-    if top == "vision_tokenizer":
-        return "vision_tokenizer"
-    return "language_model" if top == "language_model" else "projector"
+    named: dict[str, PartName] = {
+        "vision_tokenizer": "vision_tokenizer",
+        "language_model": "language_model",
+        "image_head": "image_head",
+    }
+    return named.get(top, "projector")
 
 
-def set_trainable(model: EttForConditionalGeneration, parts: Sequence[PartName]) -> None:
-    """Train `parts` and nothing else; of a language model with adapters, the adapters alone."""
+def set_trainable(model: EttForConditionalGeneration, parts: Sequence[PartName], words: bool = True) -> None:
+    """Train `parts` and nothing else; of a language model with adapters, the adapters alone; where no `words` are learned, all
+    of it but an output layer of its own."""
     has_lora = model.config.lora is not None
     for name, parameter in model.named_parameters():
         part = part_of(name)
@@ -142,12 +197,42 @@ def set_trainable(model: EttForConditionalGeneration, parts: Sequence[PartName])
         if part == "language_model" and has_lora:
             trainable = trainable and is_lora_parameter(name)
         parameter.requires_grad_(trainable)
+    if not words and not (model.image_head is not None and model.image_head.shares_softmax):
+        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if output.weight is not embedding.weight:
+            output.requires_grad_(False)
     _check_trainable(model, parts)
+
+
+def check_parts(model: EttForConditionalGeneration, config: StageConfig) -> None:
+    """Refuse a stage that trains a part which the model has not.
+
+    Raises:
+        RecipeError: it learns to draw, and there is no image head.
+    """
+    if config.stage in DRAWING and model.image_head is None:
+        raise RecipeError(
+            f"The {config.stage} stage trains an image head, and the model has none. Set model.image_head, for example to "
+            "{kind: tied}."
+        )
 
 
 def _check_trainable(model: nn.Module, parts: Sequence[PartName]) -> None:
     found = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert found == set(parts), f"declared {sorted(parts)}, but {sorted(found)} would train"
+
+
+def train_decoder(tokenizer: VisionTokenizer) -> None:
+    """Train what turns codebook embeddings into pixels, and nothing else of `tokenizer`: the parameters that `decode` uses."""
+    side = tokenizer.downsample
+    tokenizer.requires_grad_(True)
+    with torch.enable_grad():
+        shape = tokenizer.encode(torch.zeros(1, 3, 2 * side, 2 * side, device=tokenizer.encoder_output.device)).shape
+        pixels = tokenizer.decode(torch.zeros(shape, device=tokenizer.encoder_output.device))
+    parameters = list(tokenizer.parameters())
+    reached = torch.autograd.grad(pixels.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, reached, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def train_mode(model: EttForConditionalGeneration, parts: Sequence[PartName]) -> None:
@@ -156,6 +241,8 @@ def train_mode(model: EttForConditionalGeneration, parts: Sequence[PartName]) ->
     model.vision_tokenizer.train("vision_tokenizer" in parts)
     model.language_model.train("language_model" in parts)
     model.projector.train("projector" in parts)
+    if model.image_head is not None:
+        model.image_head.train("image_head" in parts)
 
 
 @dataclass(frozen=True)
@@ -172,10 +259,13 @@ def _probes(model: EttForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
     # of an adapter the factor that starts at 0: the other one gets no gradient until this has moved
     adapters = (p for name, p in model.language_model.named_parameters() if ".lora_B" in name)
     yield "language_model", next(adapters, next(model.language_model.parameters()))
+    if model.image_head is not None:
+        yield "image_head", next(model.image_head.parameters())
 
 
 def caption_reach(model: EttForConditionalGeneration, batch: Batch, losses: LossConfig) -> Reach:
-    """Where the caption loss of `batch` sends gradient: encoder, codebook, projector, language model.
+    """Where the loss of predicted tokens, words and image tokens, of `batch` sends gradient: encoder, codebook, projector,
+    language model, image head.
 
     Model parameters' ``.grad`` are left alone; the model's mode and random state are restored.
     """
@@ -183,7 +273,8 @@ def caption_reach(model: EttForConditionalGeneration, batch: Batch, losses: Loss
     probes = [(name, tensor) for name, tensor in _probes(model) if tensor.requires_grad]
     output = run_model(model, batch, replace(losses, tokenizer_weight=0.0))
     assert output.losses is not None
-    grads = torch.autograd.grad(output.losses["caption_loss"], [tensor for _, tensor in probes], allow_unused=True)
+    predicted = [output.losses[name] for name in ("caption_loss", "image_loss") if name in output.losses]
+    grads = torch.autograd.grad(torch.stack(predicted).sum(), [tensor for _, tensor in probes], allow_unused=True)
     torch.set_rng_state(random_state)
     norms = {name: 0.0 for name, _ in _probes(model)}
     for (name, _), grad in zip(probes, grads, strict=True):
@@ -192,7 +283,7 @@ def caption_reach(model: EttForConditionalGeneration, batch: Batch, losses: Loss
 
 
 def check_reach(reach: Reach, stage: StageConfig, visual_input: str) -> None:
-    """Assert that the caption loss reaches exactly what the stage says it trains.
+    """Assert that the loss of predicted tokens reaches exactly what the stage says it trains.
 
     Raises:
         AssertionError: a frozen part receives gradient, or a trained one does not.
@@ -204,11 +295,12 @@ def check_reach(reach: Reach, stage: StageConfig, visual_input: str) -> None:
         "codebook": tokenizer,
         "projector": "projector" in stage.parts,
         "language_model": "language_model" in stage.parts,
+        "image_head": "image_head" in stage.parts,
     }
     for name, wanted in expected.items():
-        if name == "codebook" and name not in reach.norms:
+        if name in ("codebook", "image_head") and name not in reach.norms:
             continue
         assert (reach.norms[name] > 0) == wanted, (
-            f"stage {stage.stage}: the caption loss {'does not reach' if wanted else 'reaches'} the {name} "
+            f"stage {stage.stage}: the loss of tokens {'does not reach' if wanted else 'reaches'} the {name} "
             f"(gradient norms {reach.norms})"
         )
