@@ -33,6 +33,9 @@ for final figures only."""
 KINDS = ("word", "number", "letters", "colour")
 """What is drawn and asked for; "colour" draws a word and asks for its colour."""
 
+DOCUMENT = "document"
+"""The kind that draws several lines of words."""
+
 # Ours, all of them.
 READ_QUESTIONS = (
     "What is written?",
@@ -46,6 +49,7 @@ READ_QUESTIONS = (
     "Which word is this?",
     "Transcribe the text.",
 )
+DOCUMENT_QUESTIONS = ("What is written?", "Read the text.", "Transcribe the text.", "What does the page say?")
 SPELL_QUESTIONS = ("Spell the text.", "Spell what is written, letter by letter.")
 COLOUR_QUESTIONS = ("What colour is the text?", "In which colour is the text written?")
 
@@ -68,6 +72,10 @@ TEXT_COLOURS: Mapping[str, Rgb] = {
 BACKGROUNDS = ("flat", "gradient", "stripes", "shapes", "noise")
 """From calm to busy."""
 
+LINE_HEIGHT = 1.3
+"""Between the lines of a document, in font sizes, at most."""
+WORDS_A_LINE = 2
+"""At most, in a document."""
 _MARGIN = 2
 """Clear pixels between the text and the edge."""
 _SMALLEST_SIZE = 32
@@ -160,8 +168,9 @@ class DrawnText(Source):
         split: one of `SPLITS`.
         size: side of the square picture [pixels], at least 32.
         difficulty: in [0, 1], see `Look`; up to 0.5 a person reads every picture of 64 pixels.
-        kinds: some of `KINDS`, drawn equally often.
-        spelled: answers are spelled, "h e l l o" (colours are not).
+        kinds: some of `KINDS` and `DOCUMENT`, drawn equally often.
+        spelled: answers are spelled, "h e l l o" (colours and documents are not).
+        lines: (fewest, most) lines of a document; no more than fit. Their words are the split's.
         characters: (fewest, most) characters of letter strings and numbers, and (at least 3, most) of words; None takes the
             difficulty's.
         length: number of examples; by default 1,000,000 for train and 512 for the others.
@@ -182,16 +191,17 @@ class DrawnText(Source):
         kinds: Sequence[str] = ("word", "number", "letters"),
         spelled: bool = False,
         characters: tuple[int, int] | None = None,
+        lines: tuple[int, int] = (2, 4),
         length: int | None = None,
         seed: int = 0,
     ) -> None:
         if split not in SPLITS:
             raise DataError(unknown("split of drawn text", split, SPLITS))
         for kind in kinds:
-            if kind not in KINDS:
-                raise DataError(unknown("kind of drawn text", kind, KINDS))
+            if kind not in (*KINDS, DOCUMENT):
+                raise DataError(unknown("kind of drawn text", kind, (*KINDS, DOCUMENT)))
         if not kinds:
-            raise DataError(f"Drawn text needs at least one kind. Allowed: {', '.join(KINDS)}.")
+            raise DataError(f"Drawn text needs at least one kind. Allowed: {', '.join((*KINDS, DOCUMENT))}.")
         if size < _SMALLEST_SIZE:
             raise DataError(f"Drawn text needs a size of at least {_SMALLEST_SIZE} pixels, not {size}.")
         if not 0.0 <= difficulty <= 1.0:
@@ -210,6 +220,15 @@ class DrawnText(Source):
                     "have at least 3."
                 )
             self._look = replace(self._look, characters=(fewest, most))
+        if not 1 <= lines[0] <= lines[1]:
+            raise DataError(f"lines = {list(lines)} must be two numbers of at least 1, the smaller first.")
+        fitting = int((size - 2 * _MARGIN) / (LINE_HEIGHT * self._smallest))
+        if DOCUMENT in kinds and fitting < lines[0]:
+            raise DataError(
+                f"Of lines of at least {self._smallest} pixels, {size} pixels hold {fitting}, not {lines[0]}. Choose a larger "
+                "size, fewer lines or a higher difficulty, where letters may be smaller."
+            )
+        self._lines = (lines[0], max(lines[0], min(lines[1], fitting)))
         self._fonts = [font for font in fonts() if font.held_out == (split == "font")]
         self._words = _words_of(split, round(self._look.characters[1]))
 
@@ -226,6 +245,9 @@ class DrawnText(Source):
         colour_name, image, background = _paint(mask.image, self.size, self._look, rng)
         if kind == "colour":
             question, answer = rng.choice(COLOUR_QUESTIONS), colour_name
+        elif kind == DOCUMENT:
+            text = " ".join(text.split())
+            question, answer = rng.choice(DOCUMENT_QUESTIONS), text
         elif self.spelled:
             question, answer = rng.choice(SPELL_QUESTIONS), " ".join(text)
         else:
@@ -250,16 +272,24 @@ class DrawnText(Source):
 
     def _fitting_text(self, kind: str, rng: random.Random) -> tuple[str, Font, _Mask]:
         """A string of this split that is legible inside the picture in a font of this split."""
-        smallest = max(1, round(min(self._look.smallest, self.size * self._look.height[0])))
         for _ in range(100):
             text, font = self._string(kind, rng), rng.choice(self._fonts)
             size = round(self.size * rng.uniform(*self._look.height))
-            mask = _write(text, font, size, rng.uniform(-self._look.rotation, self._look.rotation), smallest, self.size)
+            turn = rng.uniform(-self._look.rotation, self._look.rotation)
+            mask = _write(text, font, size, turn, self._smallest, self.size)
             if mask is not None and mask.image.width <= self.size - 2 * _MARGIN:
                 return text, font, mask
         raise AssertionError(f"nothing fits {self.size} pixels at difficulty {self.difficulty}")
 
+    @property
+    def _smallest(self) -> int:
+        """The least font size [pixels]."""
+        return max(1, round(min(self._look.smallest, self.size * self._look.height[0])))
+
     def _string(self, kind: str, rng: random.Random) -> str:
+        if kind == DOCUMENT:
+            counts = [rng.randint(1, WORDS_A_LINE) for _ in range(rng.randint(*self._lines))]
+            return "\n".join(" ".join(rng.choice(self._words) for _ in range(count)) for count in counts)
         if kind in ("word", "colour"):
             word = rng.choice(self._words)
             return word.upper() if rng.random() < 0.25 else word
@@ -307,7 +337,10 @@ def _write(text: str, font: Font, size: int, rotation: float, smallest: int, sid
 
 
 def _rotated(text: str, font: PIL.ImageFont.FreeTypeFont, rotation: float) -> PIL.Image.Image:
-    left, top, right, bottom = font.getbbox(text)
+    if "\n" in text:
+        left, top, right, bottom = PIL.ImageDraw.Draw(PIL.Image.new("L", (1, 1))).textbbox((0, 0), text, font=font)
+    else:
+        left, top, right, bottom = font.getbbox(text)
     # Two pixels around: hinting and italics reach a little outside the box.
     canvas = PIL.Image.new("L", (int(right - left) + 4, int(bottom - top) + 4))
     PIL.ImageDraw.Draw(canvas).text((2 - left, 2 - top), text, fill=255, font=font)

@@ -237,7 +237,7 @@ class Manifest(Source):
         path = os.path.realpath(os.path.join(self._folder, reference))
         # Before looking whether it exists: what lies outside is nobody's to learn from a manifest.
         self._refuse_outside(reference, path)
-        if os.path.isdir(path):
+        if os.path.isdir(path) or reference.endswith("/"):
             raise _LineError(f"the picture {_shown(reference)} is a folder. Give the path of a picture file.")
         if not os.path.isfile(path):
             raise _LineError(

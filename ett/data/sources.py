@@ -17,6 +17,8 @@ class Source(ABC):
     process, another process or another worker gets the same example."""
 
     name: str
+    left_out: Sequence[str] = ()
+    """What was left out as a whole when the source was opened, and why: damaged shards."""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ett import __version__
+from ett.data.entry_source import shard_paths
+from ett.data.table import files_of
 from ett.errors import ModelError, RecipeError
 from ett.experiments.recipe import Recipe, dump_recipe, load_recipe
 from ett.train.health import HealthConfig
@@ -117,8 +120,8 @@ class RunFolder:
 
     def _check_same(self) -> None:
         """A resumed run continues the same recipe on the same data; anything else would not be what an uninterrupted run gives.
-        How many processes load data, who tracks the run and what watches its health may change: up to a fault, no weight
-        depends on them."""
+        How many processes load data, who tracks the run, what watches its health and how many examples may be skipped may
+        change: up to a fault, no weight depends on them."""
         written = self.path / RECIPE_NAME
         before, now = (_comparable(recipe) for recipe in (load_recipe(written), self.recipe))
         if before != now:
@@ -139,13 +142,28 @@ class RunFolder:
 
 def _comparable(recipe: Recipe) -> str:
     stages = tuple(replace(stage, health=HealthConfig()) for stage in recipe.stages)
-    return dump_recipe(replace(recipe, stages=stages, num_workers=0, trackers=()))
+    return dump_recipe(replace(recipe, stages=stages, num_workers=0, max_bad_samples=0, trackers=()))
 
 
 def _manifest_hashes(recipe: Recipe) -> dict[str, str]:
+    """Of every manifest a hash of its content, of other files one of their names, sizes and times of change."""
     sources = [*recipe.data, *(source for stage in recipe.stages for source in stage.data or ())]
-    paths = {source.path for source in sources if source.path is not None}
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(paths)}
+    stored = {(source.path, source.source) for source in sources if source.path is not None}
+    found = {}
+    for path, kind in sorted(stored):
+        files = shard_paths(path)[0] if kind == "shards" else files_of(path)
+        found[path] = _hash_of_content(path) if kind == "manifest" else _hash_of_stats(files)
+    return found
+
+
+def _hash_of_content(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_of_stats(files: Sequence[Path]) -> str:
+    stats = [(file.name, file.stat()) for file in files]
+    return hashlib.sha256(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()).hexdigest()
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,17 @@ import yaml
 from ett.config import from_mapping, require, to_mapping
 from ett.data.mixture import SourceConfig
 from ett.errors import RecipeError
+from ett.experiments.strict_yaml import read_yaml, without_aliases
 from ett.model.build import ModelSpec
-from ett.train.stages import StageConfig
+from ett.train.stages import DRAWING, StageConfig
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
 """Recipes that come with the package (inside the wheel, or beside the package in a clone)."""
+
+
+ARM_PREFIX = "arm:"
+"""``arm:NAME`` in place of a path starts from what that arm of the same comparison ended with, with the same seed."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class EvaluationConfig:
     Attributes:
         data: sources; null takes the recipe's.
         split: of built-in sources, during training.
+        report_data: sources of the report's figures; null takes `data`. "facts" measures the language model without pictures.
         limit: examples of each source, >= 1; validation during training draws this many in all.
         report_split: of built-in sources, for the figures of the report ("heldout": all that nothing is tuned on); null takes
             `split`.
@@ -37,6 +43,7 @@ class EvaluationConfig:
     """
 
     data: tuple[SourceConfig, ...] | None = None
+    report_data: tuple[SourceConfig, ...] | None = None
     split: str = "validation"
     limit: int = 64
     report_split: str | None = None
@@ -63,6 +70,9 @@ class Recipe:
         seed: of weights, order of data and dropout.
         precision: "bf16" computes the language model in bfloat16 over float32 master weights; "fp32" in float32.
         num_workers: loader processes per rank.
+        max_bad_samples: examples of a stage that cannot be used (a broken picture, an empty caption, a damaged shard as one)
+            and are skipped: each is counted once and named, and another of its source stands in. 0 ends at the first, and looks
+            through manifests before anything trains.
         trackers: names that Accelerate knows ("tensorboard", "wandb", ...); empty for none.
     """
 
@@ -74,6 +84,7 @@ class Recipe:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     num_workers: int = 1
+    max_bad_samples: int = 0
     trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
@@ -81,7 +92,10 @@ class Recipe:
         require(len(self.stages) >= 1, "stages", self.stages, "a non-empty list")
         require(len(self.data) >= 1, "data", self.data, "a non-empty list of sources")
         require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.max_bad_samples >= 0, "max_bad_samples", self.max_bad_samples, "0 or more")
+        if self.max_bad_samples and any(stage.cached_codes for stage in self.stages):
+            raise RecipeError("cached_codes needs data in which nothing is wrong; leave it out, or max_bad_samples.")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
         kinds = [stage.stage for stage in self.stages]
         if self.model.init is not None and kinds[0] == "tokenizer":
             raise RecipeError(
@@ -94,6 +108,45 @@ class Recipe:
             raise RecipeError(
                 f"The stages {', '.join(kinds)} train through a language model: set model.language_model (or model.init)."
             )
+
+        for stage in self.stages:
+            self._check_drawing(stage)
+
+    def _check_drawing(self, stage: StageConfig) -> None:
+        """What a stage reads and what it learns belong together."""
+        draws = [source.draws for source in stage.data or self.data]
+        if stage.stage in DRAWING and self.model.image_head is None and self.model.init is None:
+            raise RecipeError(
+                f"The {stage.stage} stage trains an image head: set model.image_head, say to {{kind: tied}}."
+            )
+        if stage.stage == "gen" and not all(draws):
+            raise RecipeError(
+                "The gen stage learns to draw and nothing else: set `draws: true` on each of its sources, or use the stage "
+                '"joint".'
+            )
+        if stage.stage == "joint" and (all(draws) or not any(draws)):
+            raise RecipeError(
+                "The joint stage learns to read and to draw: some of its sources need `draws: true`, and some must do "
+                "without."
+            )
+        if stage.stage not in ("tokenizer", "decoder", *DRAWING) and any(draws):
+            raise RecipeError(
+                f"The {stage.stage} stage learns answers in words, but a source has `draws: true`. Take it out, or use the "
+                f"stages {' and '.join(DRAWING)}."
+            )
+
+    @property
+    def starts_from(self) -> str | None:
+        """The arm whose result this recipe starts from (`ARM_PREFIX`), or None."""
+        given = self.model.init or self.model.vision_tokenizer.get("path")
+        return str(given).removeprefix(ARM_PREFIX) if str(given or "").startswith(ARM_PREFIX) else None
+
+    def started_from(self, path: str) -> Recipe:
+        """This recipe with `path` in place of the arm that it starts from."""
+        assert self.starts_from is not None
+        if self.model.init is not None:
+            return replace(self, model=replace(self.model, init=path))
+        return replace(self, model=replace(self.model, vision_tokenizer={**self.model.vision_tokenizer, "path": path}))
 
     @property
     def stage_names(self) -> list[str]:
@@ -119,7 +172,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_values(path, overrides)
     arms, chosen = values.pop("arms", None), values.pop("arm", None)
     if arms is not None:
-        values.pop("seeds", None)
+        for key in ("seeds", "reference", "search"):
+            values.pop(key, None)
         if not isinstance(arms, Mapping) or chosen not in arms:
             names = ", ".join(map(str, arms)) if isinstance(arms, Mapping) else "none"
             raise RecipeError(
@@ -141,9 +195,9 @@ def recipe_of_arm(values: Mapping[str, Any], arm: str, changes: object) -> Recip
         raise RecipeError(
             f"arms.{arm} must be a mapping of dotted keys to values, for example model.visual_input: index."
         )
-    own = _without_aliases(values, ())
+    own = without_aliases(values)
     for key, value in (changes or {}).items():
-        _set(own, str(key), _without_aliases(value, ()))
+        _set(own, str(key), without_aliases(value))
     return from_mapping(Recipe, {**own, "name": arm})
 
 
@@ -160,15 +214,10 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise RecipeError(f"{file} is not UTF-8 text (byte {error.start}).") from error
     except OSError as error:
         raise RecipeError(f"{file} cannot be read: {error.strerror}.") from error
-    try:
-        given = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where is not None else ""
-        raise RecipeError(f"{file}{line} is not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+    given = read_yaml(text, str(file))
     if not isinstance(given, Mapping):
         raise RecipeError(f"{file} must hold a mapping of names to values; it holds {type(given).__name__}.")
-    values = _without_aliases(given, ())
+    values: dict[str, Any] = {str(key): value for key, value in given.items()}
     for override in overrides:
         _override(values, override)
     return values
@@ -193,25 +242,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(to_mapping(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _without_aliases(value: Any, above: tuple[int, ...]) -> Any:
-    """A copy in which nothing is shared, so that an override of one place changes that place alone."""
-    if id(value) in above:
-        raise RecipeError("The recipe contains itself through a YAML alias.")
-    inside = (*above, id(value))
-    if isinstance(value, Mapping):
-        return {key: _without_aliases(item, inside) for key, item in value.items()}
-    return [_without_aliases(item, inside) for item in value] if isinstance(value, list) else value
-
-
 def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"The override {override!r} is not of the form key=value, for example model.image_size=128.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The value in {override!r} is not valid YAML.") from error
-    _set(values, key, value)
+    _set(values, key, read_yaml(text, f"The value in {override!r}"))
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

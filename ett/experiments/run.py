@@ -24,8 +24,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ett.config import to_mapping
-from ett.data.mixture import Mixture, SourceConfig, build_mixture
-from ett.errors import DataError, ModelError, RecipeError
+from ett.data.mixture import STORED, Mixture, SourceConfig, build_mixture
+from ett.errors import DataError, RecipeError
+from ett.evaluate.run_folder import resolve_model_folder
 from ett.evaluate.sources import NamedSources, builtin_sources
 from ett.experiments.folder import RECIPE_NAME, RunFolder
 from ett.experiments.recipe import Recipe, load_recipe
@@ -37,19 +38,24 @@ from ett.model.build import (
     start_from,
 )
 from ett.model.ett import EttForConditionalGeneration
-from ett.model.loading import find_weights, is_saved_model
+from ett.model.loading import find_weights
 from ett.model.loading import load_model as load_saved
 from ett.model.processing import EttProcessor
 from ett.model.text import byte_tokenizer
 from ett.tokenizers import VisionTokenizer
 from ett.train.cached import cached_data
-from ett.train.checkpoint import publish
+from ett.train.checkpoint import checkpoint_folders, publish
+from ett.train.failures import explained
+from ett.train.feed import StageData, encode_all, split_batch
 from ett.train.log import RunLog
-from ett.train.loop import Interrupted, Stage, StageData, encode_all, split_batch
-from ett.train.stages import StageConfig
+from ett.train.loop import Interrupted, Stage
+from ett.train.stages import StageConfig, check_parts
+from ett.types import IGNORE_INDEX
 
 PROBED_DRAWS = 16
 """Examples of each stage that are looked at before anything trains."""
+RANK_SEEDS = 15_485_863
+"""Between the seeds of two ranks."""
 
 Start = tuple[EttForConditionalGeneration | VisionTokenizer, EttProcessor, StageData]
 
@@ -76,13 +82,21 @@ class Run:
 
         Raises:
             Interrupted: stopped by a signal, after saving.
+            UserError: what the user can mend, a full disk or a lost process included.
         """
-        recipe, folder = self.recipe, self.folder
         accelerator = self._accelerator()
+        with explained(self.folder.path, accelerator.num_processes):
+            return self._train(accelerator)
+
+    def _train(self, accelerator: Accelerator) -> Path:
+        recipe, folder = self.recipe, self.folder
         first = 0 if folder.overwrite else folder.finished
         start = self._start(first) if first < len(recipe.stages) else None
         if accelerator.is_main_process:
             folder.open()
+            # a run that was killed between a stage's end and here
+            for finished in range(first):
+                self._clear_up(finished)
         accelerator.wait_for_everyone()
         if recipe.trackers:
             accelerator.init_trackers("tensorboard" if recipe.trackers == ("tensorboard",) else recipe.name)
@@ -102,6 +116,8 @@ class Run:
         # weights and dropout of a stage do not depend on what ran before it
         torch.manual_seed(_stage_seed(self.recipe.seed, k))
         model, processor = self._model_of(k)
+        if isinstance(model, EttForConditionalGeneration):
+            check_parts(model, self.recipe.stages[k])
         data = self._stage_data(self.recipe.stages[k], model, processor)
         return model, processor, data
 
@@ -111,7 +127,8 @@ class Run:
         if config.cached_codes and isinstance(model, EttForConditionalGeneration):
             sources, codes = config.data or self.recipe.data, self.folder.codes(k)
             data = cached_data(data, sources, config, name, model.vision_tokenizer, codes, accelerator, log)
-        torch.manual_seed(_stage_seed(self.recipe.seed, k) + 1)
+        # every rank drops out units of its own
+        torch.manual_seed(_stage_seed(self.recipe.seed, k) + 1 + RANK_SEEDS * accelerator.process_index)
         stage = Stage(config, name, model, data, accelerator, log, self.folder.checkpoints)
         stage.resume()
         order = {each: i for i, each in enumerate(self.recipe.stage_names)}
@@ -120,12 +137,16 @@ class Run:
         stage.run()
         if accelerator.is_main_process:
             self._save_stage(k, model, processor)
-            for leftover in self.folder.checkpoints.glob(f"{name}-*"):
-                shutil.rmtree(leftover)
-            if config.cached_codes is True:
-                shutil.rmtree(self.folder.codes(k))
+            self._clear_up(k)
         accelerator.wait_for_everyone()
         accelerator.free_memory()
+
+    def _clear_up(self, k: int) -> None:
+        """Drop what only the training of stage `k` needed."""
+        for leftover in checkpoint_folders(self.folder.checkpoints, self.recipe.stage_names[k]):
+            shutil.rmtree(leftover)
+        if self.recipe.stages[k].cached_codes is True:
+            shutil.rmtree(self.folder.codes(k), ignore_errors=True)
 
     def _model_of(self, k: int) -> tuple[EttForConditionalGeneration | VisionTokenizer, EttProcessor]:
         """The model that stage `k` trains, from the stage before it or from the recipe."""
@@ -145,7 +166,8 @@ class Run:
     def _stage_data(
         self, config: StageConfig, model: EttForConditionalGeneration | VisionTokenizer, processor: EttProcessor
     ) -> StageData:
-        mixture = build_mixture(config.data or self.recipe.data, self.recipe.seed)
+        bad = self.recipe.max_bad_samples
+        mixture = build_mixture(config.data or self.recipe.data, self.recipe.seed, tolerant=bad > 0)
         max_length = config.max_length
         if isinstance(model, EttForConditionalGeneration) and max_length is None:
             max_length = getattr(model.config.text_config, "max_position_embeddings", None)
@@ -155,7 +177,7 @@ class Run:
             evaluation.data or config.data or self.recipe.data, evaluation.split, self.recipe.seed
         )
         validation = encode_all(held, evaluation.limit, processor, max_length) if held is not None else []
-        return StageData(mixture, validation, processor, self.recipe.num_workers, max_length)
+        return StageData(mixture, validation, processor, self.recipe.num_workers, max_length, bad)
 
     def _save_stage(
         self, k: int, model: EttForConditionalGeneration | VisionTokenizer, processor: EttProcessor
@@ -164,16 +186,21 @@ class Run:
         work = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        if isinstance(model, VisionTokenizer):
-            model.save_pretrained(work)
-            # the size it was trained at, for whoever uses the tokenizer alone
-            processor.image_processor.save_pretrained(work)
-        else:
-            # another trainer that loads the model sees the objective that it was trained on
-            model.config.losses = to_mapping(self.recipe.stages[k].loss_config)
-            model.save_pretrained(work)
-            processor.save_pretrained(work)
-        publish(work, target)
+        try:
+            if isinstance(model, VisionTokenizer):
+                model.save_pretrained(work)
+                # the size it was trained at, for whoever uses the tokenizer alone
+                processor.image_processor.save_pretrained(work)
+            else:
+                # another trainer that loads the model sees the objective that it was trained on
+                if self.recipe.stages[k].stage != "decoder":
+                    model.config.losses = to_mapping(self.recipe.stages[k].loss_config)
+                model.save_pretrained(work)
+                processor.save_pretrained(work)
+            publish(work, target)
+        finally:
+            # published, it is gone; left half done by a full disk, it takes room
+            shutil.rmtree(work, ignore_errors=True)
 
     # -- before anything starts ----------------------------------------------------------------------------------------
 
@@ -193,39 +220,30 @@ class Run:
 
     def _check_recipe(self) -> None:
         """Find out now what would fail after hours: data that cannot be opened, parts that do not exist or fit."""
+        if self.recipe.starts_from is not None:
+            raise RecipeError(
+                f"This arm starts from what the arm {self.recipe.starts_from!r} ended with, so it runs in a comparison alone: "
+                "`ett ablate`. Or set model.init or model.vision_tokenizer.path to that arm's folder."
+            )
         for stage in self.recipe.stages:
-            build_mixture(stage.data or self.recipe.data, self.recipe.seed)
+            build_mixture(stage.data or self.recipe.data, self.recipe.seed, tolerant=self.recipe.max_bad_samples > 0)
             split_batch(stage, int(os.environ.get("WORLD_SIZE", "1")))
+            measured = self.recipe.evaluation.data or stage.data or self.recipe.data
+            if stage.ends_with == "best" and all(config.source in STORED for config in measured):
+                raise RecipeError(
+                    'ends_with "best" needs validation examples; name a built-in source in evaluation.data.'
+                )
         evaluated = self.recipe.evaluation.data or self.recipe.data
         validation_mixture(evaluated, self.recipe.evaluation.split, self.recipe.seed)
         check_model(self.recipe.model)
 
 
 def validation_mixture(configs: Sequence[SourceConfig], split: str, seed: int) -> Mixture | None:
-    """The same sources for `split`; None where none of them has such a split (manifests have no splits of their own)."""
-    built_in = [config for config in configs if config.source != "manifest"]
+    """The same sources for `split`; None where none of them has such a split (stored ones have no splits of their own)."""
+    built_in = [config for config in configs if config.source not in STORED]
     if not built_in:
         return None
     return Mixture([config.with_split(split) for config in built_in], [config.weight for config in built_in], seed)
-
-
-def resolve_model_folder(path: Path) -> Path:
-    """The folder that holds weights: `path` itself, or the last finished stage of the run in it.
-
-    Raises:
-        ModelError: there is neither.
-    """
-    if not path.exists():
-        raise ModelError(f"There is no {path}. Give a folder written by `ett train` or save_pretrained.")
-    if is_saved_model(path) or not (path / RECIPE_NAME).is_file():
-        return path
-    stages = sorted(path.glob("stages/[0-9]*-*"), key=lambda p: int(p.name.split("-")[0]))
-    if not stages:
-        raise ModelError(
-            f"The run in {path} has not finished a stage yet. Continue it with `ett train {path / RECIPE_NAME} --out {path} "
-            "--resume`."
-        )
-    return stages[-1]
 
 
 def recipe_of(path: Path) -> Recipe | None:
@@ -273,7 +291,7 @@ def _check_examples(mixture: Mixture, config: StageConfig, processor: EttProcess
         raise DataError(
             f"Stage {config.stage}: none of the first {PROBED_DRAWS} examples has a picture. Check the data."
         )
-    if config.stage != "tokenizer" and not any(label >= 0 for item in encoded for label in item.labels):
+    if config.stage != "tokenizer" and all(label == IGNORE_INDEX for item in encoded for label in item.labels):
         raise DataError(
             f"Stage {config.stage}: none of the first {PROBED_DRAWS} examples has an answer (an assistant or gpt turn), so "
             "there is nothing to learn. Check the data."

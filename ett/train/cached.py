@@ -20,8 +20,9 @@ from ett.errors import DataError
 from ett.model.processing import Encoded
 from ett.signals import noted_signals
 from ett.tokenizers import VisionTokenizer
+from ett.train.feed import StageData, split_batch
 from ett.train.log import RunLog
-from ett.train.loop import Interrupted, StageData, split_batch
+from ett.train.loop import Interrupted
 from ett.train.stages import StageConfig
 
 

@@ -1,21 +1,26 @@
 """Training checkpoints: atomic on disk, complete, and strict when read back.
 
 A checkpoint is a folder ``<stage>-<step>`` with ``weights.safetensors`` (the parameters that train and every buffer),
-``state.pt`` (optimizer, random states, critics and averages, loaded with ``weights_only``) and ``checkpoint.json`` (step,
-hashes). It appears under its name only when all of it is on the disk.
+``state.pt`` (optimizer, every rank's random states, critics, averages; loaded with ``weights_only``) and ``checkpoint.json``
+(step, hashes, the validation's loss). It appears under its name only when all of it is on the disk. The newest ones are kept,
+and the one whose validation was best.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import pickle
+import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,6 +37,15 @@ class Stateful(Protocol):
 
 
 WEIGHTS, STATE, META = "weights.safetensors", "state.pt", "checkpoint.json"
+KEPT = 2
+"""Checkpoints of a stage that are kept beside the best one: should the last be damaged, there is another."""
+
+# What torch.load and the owners of a state raise for content that is none of theirs. Caught around them alone.
+_BAD_STATE = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, OSError)
+
+
+class CheckpointError(ModelError):
+    """A checkpoint that could not be written; those from before are untouched."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,31 @@ class Checkpoint:
 
     path: Path
     step: int
+
+    @property
+    def validation_loss(self) -> float:
+        """Of the validation after `step`; infinite where there was none."""
+        try:
+            loss = json.loads((self.path / META).read_text(encoding="utf-8"))["validation_loss"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return math.inf
+        return float(loss) if isinstance(loss, int | float) else math.inf
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a checkpoint holds, in memory of its own on the host: training may go on while it is written.
+
+    Attributes:
+        weights: `training_tensors`. state: what goes to ``state.pt``.
+        validation_loss: of the validation after `step`, None where there was none.
+    """
+
+    stage: str
+    step: int
+    weights: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    validation_loss: float | None = None
 
 
 def training_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -50,35 +89,74 @@ def training_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def save_checkpoint(
-    directory: Path,
+def take_snapshot(
     stage: str,
     step: int,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     extras: Mapping[str, Stateful] | None = None,
-    keep: int = 2,
-) -> Checkpoint:
-    """Write a checkpoint of `step` finished steps and drop all but the newest `keep` of this stage.
+    random_states: Sequence[Mapping[str, Any]] | None = None,
+    validation_loss: float | None = None,
+) -> Snapshot:
+    """The state after `step` finished steps.
 
     Args:
         extras: what else has a state, by name: a discriminator, averages.
+        random_states: `random_state` of every rank, in their order; None takes this process's.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"{stage}-{step:07d}"
-    work = directory / f".{target.name}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in training_tensors(module).items()}
-    save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
     others = {name: each.state_dict() for name, each in (extras or {}).items()}
-    torch.save({"optimizer": optimizer.state_dict(), "random": random_state(), "extras": others}, work / STATE)
-    meta = {"stage": stage, "step": step, "sha256": {name: _sha256(work / name) for name in (WEIGHTS, STATE)}}
-    (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    publish(work, target)
-    for old in list_checkpoints(directory, stage)[:-keep]:
-        shutil.rmtree(old.path)
-    return Checkpoint(target, step)
+    states = [random_state()] if random_states is None else list(random_states)
+    state = _copied({"optimizer": optimizer.state_dict(), "random": states, "extras": others})
+    return Snapshot(stage, step, _copied(training_tensors(module)), state, validation_loss)
+
+
+def write_checkpoint(directory: Path, snapshot: Snapshot, keep: int = KEPT) -> Checkpoint:
+    """Put a snapshot on the disk, then drop all checkpoints of its stage but the newest `keep` and the best.
+
+    Raises:
+        CheckpointError: it cannot be written; what is there stays as it was.
+    """
+    target = directory / f"{snapshot.stage}-{snapshot.step:07d}"
+    work = directory / f".{target.name}.tmp"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        tensors = {name: tensor.contiguous() for name, tensor in snapshot.weights.items()}
+        save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
+        torch.save(dict(snapshot.state), work / STATE)
+        meta = {
+            "stage": snapshot.stage,
+            "step": snapshot.step,
+            "validation_loss": snapshot.validation_loss,
+            "sha256": {name: _sha256(work / name) for name in (WEIGHTS, STATE)},
+        }
+        (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        publish(work, target)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # what was begun takes the room that a smaller file may need to tell of it
+        shutil.rmtree(work, ignore_errors=True)
+        raise CheckpointError(_unwritten(directory, snapshot, error)) from error
+    checkpoints = list_checkpoints(directory, snapshot.stage)
+    best = best_of(checkpoints)
+    for old in checkpoints[:-keep]:
+        if old != best:
+            shutil.rmtree(old.path)
+    return Checkpoint(target, snapshot.step)
+
+
+def _unwritten(directory: Path, snapshot: Snapshot, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    whole = list_checkpoints(directory, snapshot.stage)
+    before = f"The one of step {whole[-1].step} is whole" if whole else "There is none before it in this stage"
+    try:
+        free = f" ({shutil.disk_usage(directory).free / 2**20:,.0f} MiB are free there)"
+    except OSError:
+        free = ""
+    return (
+        f"Stage {snapshot.stage}: the checkpoint of step {snapshot.step} could not be written to {directory}: {reason}{free}. "
+        f"{before}. Make room, then continue with --resume."
+    )
 
 
 def load_checkpoint(
@@ -87,48 +165,119 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     extras: Mapping[str, Stateful] | None = None,
     optional: Collection[str] = (),
+    rank: int = 0,
 ) -> None:
     """Put weights, optimizer, random states and `extras` back, exactly as they were.
 
     Args:
         optional: extras that a checkpoint may lack; they stay as they are.
+        rank: whose random state is put back. A rank that was not there when the checkpoint was written starts one of its own.
 
     Raises:
-        ModelError: a damaged file, or a checkpoint of another architecture.
+        ModelError: a file that cannot be read or holds more than tensors and plain values, or a checkpoint of another
+            architecture. Whether the files are as they were written is `newest_whole`'s to find out.
     """
-    _check_whole(checkpoint)
-    stored = load_file(checkpoint.path / WEIGHTS)
+    stored, state = _read(checkpoint)
     own = training_tensors(module)
-    state = torch.load(checkpoint.path / STATE, weights_only=True, map_location="cpu")
-    others = state.get("extras", {})
+    others = state["extras"]
     wanted = {name: each for name, each in (extras or {}).items() if name in others or name not in optional}
-    same = stored.keys() == own.keys() and others.keys() == wanted.keys()
+    same = stored.keys() == own.keys() and others.keys() - set(optional) == wanted.keys() - set(optional)
     if not same or any(stored[name].shape != own[name].shape for name in own):
         raise ModelError(
             f"{checkpoint.path} belongs to another architecture or stage than the recipe describes. Resume with the recipe "
             "that the run was started with (recipe.yaml in its folder), or start anew with --overwrite."
         )
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        for name, each in wanted.items():
+            each.load_state_dict(others[name])
+        restore_random_state(_state_of_rank(state["random"], rank))
+    except _BAD_STATE as error:
+        raise ModelError(
+            f"{checkpoint.path / STATE} does not hold the state of this stage ({type(error).__name__}: {str(error)[:200]}). "
+            "Resume with the recipe and the version that wrote it, or start anew with --overwrite."
+        ) from error
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(stored[name])
-    optimizer.load_state_dict(state["optimizer"])
-    for name, each in wanted.items():
-        each.load_state_dict(others[name])
-    restore_random_state(state["random"])
 
 
-def _check_whole(checkpoint: Checkpoint) -> None:
-    """Every file is there with the hash that was recorded when it was written."""
-    advice = f"Delete the folder {checkpoint.path} to resume from the checkpoint before it."
+def load_weights(checkpoint: Checkpoint, module: nn.Module, extras: Mapping[str, Stateful]) -> None:
+    """Put the weights and `extras` of a checkpoint of this very stage back, and nothing else."""
+    stored, state = _read(checkpoint)
+    with torch.no_grad():
+        for name, tensor in training_tensors(module).items():
+            tensor.copy_(stored[name])
+    for name, each in extras.items():
+        each.load_state_dict(state["extras"][name])
+
+
+def _read(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        stored = load_file(checkpoint.path / WEIGHTS)
+        state = torch.load(checkpoint.path / STATE, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{checkpoint.path / STATE} is refused: it holds more than tensors and plain values, and loading that could run "
+            "code. This program never writes such a file."
+        ) from error
+    except (SafetensorError, *_BAD_STATE) as error:
+        raise ModelError(f"{checkpoint.path} cannot be read: {type(error).__name__}: {str(error)[:200]}.") from error
+    if not isinstance(state, dict) or not {"optimizer", "random", "extras"} <= state.keys():
+        raise ModelError(f"{checkpoint.path / STATE} is not a training state.")
+    if not isinstance(state["extras"], dict):
+        raise ModelError(f"{checkpoint.path / STATE} is not a training state.")
+    return stored, state
+
+
+def newest_whole(directory: Path, stage: str, tell: Callable[[int, str], None]) -> Checkpoint | None:
+    """The newest checkpoint of `stage` whose files are as they were written; None where there are no checkpoints at all.
+
+    Args:
+        tell: gets (step of the checkpoint that is taken, message) for each newer one that is damaged. It is set aside as
+            ``<name>.damaged``.
+
+    Raises:
+        ModelError: there are checkpoints, but none is whole.
+    """
+    damaged: list[tuple[Checkpoint, str]] = []
+    for checkpoint in reversed(list_checkpoints(directory, stage)):
+        reason = find_damage(checkpoint)
+        if reason is None:
+            for each, why in damaged:
+                aside = each.path.with_name(f"{each.path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                each.path.rename(aside)
+                tell(
+                    checkpoint.step,
+                    f"The checkpoint of step {each.step} is damaged: {why} It was set aside as {aside}; the run goes on from "
+                    f"step {checkpoint.step}.",
+                )
+            return checkpoint
+        damaged.append((checkpoint, reason))
+    if damaged:
+        reasons = " ".join(reason for _, reason in damaged)
+        raise ModelError(
+            f"No checkpoint of stage {stage} in {directory} is whole. {reasons} Delete them to begin the stage anew with "
+            "--resume, or put back a copy."
+        )
+    return None
+
+
+def find_damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint's files, compared with the hashes recorded when they were written; None if nothing."""
     try:
         hashes = json.loads((checkpoint.path / META).read_text(encoding="utf-8"))["sha256"]
         for name in (WEIGHTS, STATE):
             if _sha256(checkpoint.path / name) != hashes[name]:
-                raise ModelError(f"{checkpoint.path / name} is damaged: its hash is not the recorded one. {advice}")
+                return f"{checkpoint.path / name} is damaged: its hash is not the recorded one."
     except FileNotFoundError as error:
-        raise ModelError(f"{error.filename} is missing. {advice}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ModelError(f"{checkpoint.path / META} is damaged. {advice}") from error
+        return f"{error.filename} is missing."
+    except OSError as error:
+        return f"{error.filename or checkpoint.path} cannot be read: {error.strerror}."
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"{checkpoint.path / META} is damaged."
+    return None
 
 
 def list_checkpoints(directory: Path, stage: str) -> list[Checkpoint]:
@@ -136,9 +285,22 @@ def list_checkpoints(directory: Path, stage: str) -> list[Checkpoint]:
     found = []
     for path in directory.glob(f"{stage}-*") if directory.is_dir() else ():
         number = path.name[len(stage) + 1 :]
-        if number.isdigit() and (path / META).is_file():
+        if number.isdecimal() and (path / META).is_file():
             found.append(Checkpoint(path, int(number)))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def checkpoint_folders(directory: Path, stage: str) -> list[Path]:
+    """Every folder of this stage: its checkpoints, damaged ones set aside, and what was half written."""
+    # the digits tell "chat-0000002" from the stage "chat-2"
+    name = re.compile(rf"\.?{re.escape(stage)}-\d{{7,}}(\.\w+)?")
+    return [path for path in directory.iterdir() if name.fullmatch(path.name)] if directory.is_dir() else []
+
+
+def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The one whose validation loss was lowest, the first of equals; None where none was validated."""
+    best = min(checkpoints, key=lambda checkpoint: checkpoint.validation_loss, default=None)
+    return best if best is not None and math.isfinite(best.validation_loss) else None
 
 
 def publish(work: Path, target: Path) -> None:
@@ -169,6 +331,28 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _state_of_rank(states: Any, rank: int) -> Mapping[str, Any]:
+    # one process's alone, as they were written before there were several
+    states = [states] if isinstance(states, Mapping) else states
+    if rank < len(states):
+        return dict(states[rank])
+    digest = hashlib.sha256(bytes(states[0]["cpu"].tolist()) + rank.to_bytes(4, "little")).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    state: dict[str, Any] = {"cpu": generator.get_state()}
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(int.from_bytes(digest[8:16], "little"))
+    return state
+
+
+def _copied(value: Any) -> Any:
+    """`value` with each tensor in it copied to memory of its own on the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
 
 
 def _sha256(path: Path) -> str:

@@ -15,28 +15,40 @@ from torch import Tensor, nn
 from ett.losses.adversarial import DiscriminatorConfig, LeCam, PatchDiscriminator, discriminator_hinge, generator_loss
 from ett.losses.joint import LossConfig
 from ett.losses.perceptual import load_perceptual
+from ett.tokenizers import VisionTokenizer
 from ett.train.objectives import Losses
+from ett.train.teacher import Teacher
 
 
 class Critics:
-    """The perceptual and the adversarial term of L_vq, and the discriminator's own steps.
+    """The perceptual, the adversarial and the distillation term of L_vq, and the discriminator's own steps.
 
     Args:
         losses: weights; a term of weight 0 is not made.
         config: of the discriminator.
         learning_rate: of the discriminator where its configuration names none.
         accelerator: its device, and how many processes there are.
+        tokenizer: that trains, as its stage found it; for distillation alone.
 
     Raises:
         ModelError: the perceptual network's package is not installed.
     """
 
     def __init__(
-        self, losses: LossConfig, config: DiscriminatorConfig, learning_rate: float, accelerator: Accelerator
+        self,
+        losses: LossConfig,
+        config: DiscriminatorConfig,
+        learning_rate: float,
+        accelerator: Accelerator,
+        tokenizer: VisionTokenizer | None = None,
     ) -> None:
         self.losses, self.config, self.accelerator = losses, config, accelerator
         self.perceptual: nn.Module | None = None
         self.discriminator: PatchDiscriminator | None = None
+        self.teacher: Teacher | None = None
+        if losses.distillation_weight > 0:
+            assert tokenizer is not None, "distillation needs the tokenizer that it holds on to"
+            self.teacher = Teacher(tokenizer, losses.reconstruction)
         if losses.perceptual is not None and losses.perceptual_weight > 0:
             self.perceptual = load_perceptual(losses.perceptual).to(accelerator.device)
         if losses.adversarial_weight > 0:
@@ -52,23 +64,30 @@ class Critics:
     def wanted(losses: LossConfig) -> bool:
         """Whether these weights ask for a critic at all."""
         perceptual = losses.perceptual is not None and losses.perceptual_weight > 0
-        return losses.tokenizer_weight > 0 and (perceptual or losses.adversarial_weight > 0)
+        others = losses.adversarial_weight > 0 or losses.distillation_weight > 0
+        return losses.tokenizer_weight > 0 and (perceptual or others)
 
     def judge(self, reconstruction: Tensor, pixels: Tensor, step: int) -> tuple[Tensor, Losses]:
         """The tokenizer's side.
 
         Args:
-            reconstruction: float[R, 3, H, W], about [-1, 1]; gradients flow to it.
+            reconstruction: float[R, 3, H, W], about [-1, 1]; gradients flow to it. R = 0 on a rank without pictures.
             pixels: float[R, 3, H, W] in [-1, 1].
             step: 0-based.
 
         Returns:
-            (weighted sum float[], terms by name, unweighted): ``perceptual_loss`` and ``adversarial_loss``.
+            (weighted sum float[], terms by name, unweighted): ``perceptual_loss``, ``distillation_loss`` and
+            ``adversarial_loss``.
         """
+        if len(reconstruction) == 0:
+            return reconstruction.new_zeros(()), self._judge_nothing(step)
         total, terms = reconstruction.new_zeros(()), Losses()
         if self.perceptual is not None:
             terms["perceptual_loss"] = self.perceptual(reconstruction, pixels).mean()
             total = total + self.losses.perceptual_weight * terms["perceptual_loss"]
+        if self.teacher is not None:
+            terms["distillation_loss"] = self.teacher.distance(reconstruction, pixels)
+            total = total + self.losses.distillation_weight * terms["distillation_loss"]
         if self.discriminator is not None and step >= self.config.generator_start:
             # its own parameters must gather nothing from this pass
             self.discriminator.requires_grad_(False)
@@ -89,6 +108,8 @@ class Critics:
         """
         if self.discriminator is None:
             return {}
+        if len(pixels) == 0:
+            return self._learn_nothing()
         # two passes: batch statistics of the fakes alone are what it sees when the tokenizer hears it
         real, fake = self.discriminator(pixels), self.discriminator(reconstruction.detach())
         terms = {"discriminator_loss": discriminator_hinge(real, fake)}
@@ -98,6 +119,23 @@ class Critics:
             loss = loss + self.config.lecam_weight * terms["lecam_loss"]
         (loss * share).backward()
         return {name: value.detach() for name, value in terms.items()}
+
+    def _judge_nothing(self, step: int) -> Losses:
+        """The terms of `judge` on a rank without pictures: all ranks log the same names."""
+        used = {
+            "perceptual_loss": self.perceptual is not None,
+            "distillation_loss": self.teacher is not None,
+            "adversarial_loss": self.discriminator is not None and step >= self.config.generator_start,
+        }
+        return {name: torch.zeros((), device=self.accelerator.device) for name, there in used.items() if there}
+
+    def _learn_nothing(self) -> Losses:
+        """`learn` on a rank without pictures: the same names, and its part in what ranks share."""
+        names = ["discriminator_loss"]
+        if self.config.lecam_weight > 0:
+            names.append("lecam_loss")
+            self.lecam.move_with_others()
+        return {name: torch.zeros((), device=self.accelerator.device) for name in names}
 
     def step(self, factor: float) -> None:
         """Move the discriminator by what it learned, at `factor` of its peak learning rate, in [0, 1]."""

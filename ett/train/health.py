@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ett.config import require
-from ett.data.mixture import Mixture
+from ett.data.mixture import Mixture, encode_draw
 from ett.errors import UserError
 from ett.losses.joint import LossConfig, tokenizer_losses
 from ett.model.ett import EttForConditionalGeneration
@@ -163,7 +163,7 @@ def fixed_batches(
     chosen: list[Encoded] = []
     shown = [item for item in validation if item.pixel_values]
     candidates = shown or (
-        processor.encode(mixture[draw], max_length) for draw in range(DRAWS_PER_PICTURE * config.pictures)
+        encode_draw(mixture, draw, processor, max_length).item for draw in range(DRAWS_PER_PICTURE * config.pictures)
     )
     for item in candidates:
         if sum(len(each.pixel_values) for each in chosen) >= config.pictures:

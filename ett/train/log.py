@@ -28,7 +28,7 @@ class RunLog:
     Events: ``step`` (losses unweighted by name, gradient norm, learning rates, images_per_second), ``validation`` (the same
     names), ``reach`` (gradient norms of the caption loss by part), ``codes_placed`` (mean squared distance of features to their
     nearest code), ``codes_cached`` (examples encoded before the first step), ``health`` (values and gradient norms by place and
-    loss, `ett.train.measures`), ``warning`` (kind, message).
+    loss, `ett.train.measures`), ``warning`` (kind, message), ``ends_with`` (best_step: whose weights the stage ends with).
     Each carries stage, step and seconds since the epoch.
     """
 
@@ -123,6 +123,10 @@ class RunLog:
         self._write("warning", stage, step, kind=kind, message=message)
         if self.main and not self.quiet:
             tqdm.write(f"Warning ({stage}, step {step}): {message}", file=sys.stderr)
+
+    def ends_with(self, stage: str, step: int, best: int) -> None:
+        """The stage's weights are those of step `best`, the best validation's."""
+        self._write("ends_with", stage, step, best_step=best)
 
     def reach(self, stage: str, norms: Mapping[str, float]) -> None:
         self._write("reach", stage, 0, caption_gradient_norms=norms)

@@ -5,36 +5,58 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ett.data.mixture import DrawSampler, EncodedDraws, Mixture
-from ett.errors import DataError, RecipeError, UserError
+from ett.data.mixture import encode_draw
+from ett.errors import RecipeError
 from ett.model.ett import EttForConditionalGeneration
-from ett.model.processing import Encoded, EttProcessor
-from ett.signals import leave_signals_to_the_parent, noted_signals
+from ett.model.packing import check_packable
+from ett.model.processing import Encoded
+from ett.signals import noted_signals
 from ett.tokenizers import VisionTokenizer
 from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 from ett.train.average import WeightAverage
-from ett.train.checkpoint import Stateful, list_checkpoints, load_checkpoint, save_checkpoint
+from ett.train.balance import GradientBalance
+from ett.train.checkpoint import Stateful, random_state, restore_random_state
+from ett.train.compilation import compile_parts
 from ett.train.critics import Critics
+from ett.train.feed import BadSamples, StageData, split_batch, steps_of
 from ett.train.health import BackOffs, HealthMonitor, fixed_batches
 from ett.train.log import RunLog
-from ett.train.objectives import JointObjective, Losses, ObjectiveOutput, Shares, TokenizerObjective
+from ett.train.objectives import (
+    DecoderObjective,
+    JointObjective,
+    Losses,
+    ObjectiveOutput,
+    Shares,
+    TokenizerObjective,
+    caption_part,
+)
 from ett.train.optim import build_optimizer, schedule_factor, set_learning_rates
-from ett.train.stages import StageConfig, caption_reach, check_reach, part_of, set_trainable, train_mode
+from ett.train.saving import Saver
+from ett.train.stages import (
+    StageConfig,
+    caption_reach,
+    check_reach,
+    part_of,
+    set_trainable,
+    train_decoder,
+    train_mode,
+)
 from ett.types import Batch
 
+WHOLE = ("loss", "caption_loss", "soft_caption_loss", "image_loss", "alpha")
+"""Terms of a micro-batch that are its part of the step's already; the others count by its share of the pictures."""
 FEATURES_PER_CODE = 16
 """Features that place one code: k-means over so many times K of them."""
 
@@ -49,25 +71,6 @@ class Interrupted(Exception):
     def __init__(self, step: int, signal_number: int) -> None:
         super().__init__(f"interrupted after step {step}")
         self.step, self.signal_number = step, signal_number
-
-
-@dataclass(frozen=True)
-class StageData:
-    """What a stage reads.
-
-    Attributes:
-        mixture: training examples by draw number.
-        validation: fixed examples for validation, possibly none.
-        processor: turns examples into tensors.
-        num_workers: processes that decode and encode; 0 does it in the loop.
-        max_length: positions after which a conversation is cut; None keeps all.
-    """
-
-    mixture: Mixture
-    validation: Sequence[Encoded]
-    processor: EttProcessor
-    num_workers: int
-    max_length: int | None = None
 
 
 class Stage:
@@ -94,13 +97,22 @@ class Stage:
             model.requires_grad_(True).train()
             objective = TokenizerObjective(model)
             parts: dict[str, nn.Module] = {"vision_tokenizer": model}
+        elif config.stage == "decoder":
+            model.requires_grad_(False).eval()
+            train_decoder(model.vision_tokenizer)
+            objective = DecoderObjective(model.vision_tokenizer)
+            parts = {"vision_tokenizer": model.vision_tokenizer}
         else:
-            set_trainable(model, config.parts)
+            set_trainable(model, config.parts, words=config.stage != "gen")
             train_mode(model, config.parts)
+            if config.packing:
+                check_packable(model.language_model)
             if config.gradient_checkpointing:
                 _checkpoint_activations(model.language_model)
             objective = JointObjective(model)
             parts = _modules_by_part(model)
+        if config.compile:
+            compile_parts(self.model)
         self.micro_batch, self.accumulation = split_batch(config, accelerator.num_processes)
         self.step = 0
         self.objective: nn.Module
@@ -109,41 +121,56 @@ class Stage:
         if Critics.wanted(self.losses):
             rates = config.optimizer.learning_rates
             peak = rates.get("vision_tokenizer", config.optimizer.learning_rate)
-            self.critics = Critics(self.losses, config.discriminator, peak, accelerator)
+            self.critics = Critics(self.losses, config.discriminator, peak, accelerator, self._tokenizer)
+        self.balance: GradientBalance | None = None
+        if config.balance is not None:
+            self.balance = GradientBalance(config.balance, self.losses.tokenizer_weight)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.back_offs = BackOffs(config.health, name, log)
+        self.bad_samples = BadSamples(data, name, log, accelerator)
         # before a checkpoint is loaded: drift is measured from the weights that the stage began with
         self.health = self._health_monitor()
+        optional = ("back_offs", "bad_samples")
+        optimizer = self.optimizer.optimizer
+        self.saver = Saver(checkpoints, name, self.model, optimizer, self._extras, optional, accelerator)
+        self._received: list[int] = []
+
+    @property
+    def _tokenizer(self) -> VisionTokenizer:
+        return self.model if isinstance(self.model, VisionTokenizer) else self.model.vision_tokenizer
 
     @property
     def _extras(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside weights, optimizer and random states."""
-        extras: dict[str, Stateful] = {"back_offs": self.back_offs}
+        extras: dict[str, Stateful] = {"back_offs": self.back_offs, "bad_samples": self.bad_samples}
         if self.critics is not None:
             extras["critics"] = self.critics
+        if self.balance is not None:
+            extras["balance"] = self.balance
         if self.average is not None:
             extras["average"] = self.average
         return extras
 
     def resume(self) -> None:
-        """Continue from this stage's newest checkpoint, if there is one."""
-        found = list_checkpoints(self.checkpoints, self.name)
-        if found:
-            load_checkpoint(found[-1], self.model, self.optimizer.optimizer, self._extras, ("back_offs",))
-            self.step = found[-1].step
+        """Continue from this stage's newest whole checkpoint, if there is one.
 
-    def save(self) -> None:
-        """Write a checkpoint of the steps finished so far.
+        Raises:
+            ModelError: there are checkpoints, but none is whole.
+        """
+        self.step = self.saver.resume(
+            lambda step, message: self.log.warning(self.name, step, "damaged_checkpoint", message, once=False)
+        )
+
+    def save(self, validation_loss: float | None = None) -> None:
+        """Begin to write a checkpoint of the steps finished so far.
 
         Raises:
             CodebookCollapse: there is nothing good to save, and the recipe stops on that.
+            CheckpointError: the checkpoint before could not be written.
         """
         if self.health is not None:
             self.health.before_saving(self.step)
-        if self.accelerator.is_main_process:
-            optimizer = self.optimizer.optimizer
-            save_checkpoint(self.checkpoints, self.name, self.step, self.model, optimizer, self._extras)
-        self.accelerator.wait_for_everyone()
+        self.saver.save(self.step, validation_loss)
 
     def run(self) -> None:
         """Train to the last step.
@@ -151,6 +178,8 @@ class Stage:
         Raises:
             Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was saved.
             NonFiniteLoss, CodebookCollapse: as the recipe's `health` says.
+            CheckpointError: a checkpoint could not be written.
+            DataError: an example that cannot be used, or more of them than the recipe allows.
         """
         config = self.config
         bar = tqdm(
@@ -162,15 +191,21 @@ class Stage:
             dynamic_ncols=True,
             leave=True,
         )
-        with noted_signals(second_one_stops=True) as received, bar:
-            batches = self._batches()
+        with noted_signals(second_one_stops=True) as self._received, bar, self.saver:
+            self.bad_samples.begin(self.step)
             started, seen = time.monotonic(), 0
-            for micro_batches in batches:
-                if self.step == 0 and isinstance(self.model, EttForConditionalGeneration):
-                    self._check_freezing(micro_batches)
+            stopped, validation_loss = False, None
+            for fed in steps_of(self.data, config, self.step, self.accelerator, self._stopped_alone):
+                self.bad_samples.note(self.step, fed.skipped)
+                if self.step == 0 and config.stage != "decoder" and isinstance(self.model, EttForConditionalGeneration):
+                    self._check_freezing(fed.micro_batches)
                 if config.quantize_after and self.step == config.quantize_after:
                     self._place_codes()
-                losses, norm = self._train_step(micro_batches)
+                taken = self._train_step(fed.micro_batches)
+                if taken is None:
+                    stopped = True
+                    break
+                losses, norm = taken
                 self.step += 1
                 seen += config.batch_size
                 bar.update()
@@ -181,15 +216,23 @@ class Stage:
                     self.log.step(self.name, self.step, config.steps, values, norm, self._rates(), rate)
                     bar.set_postfix_str(_postfix(values, rate))
                 validates = last or (config.validate_every is not None and self.step % config.validate_every == 0)
-                if validates:
-                    self.log.validation(self.name, self.step, self.validate())
+                measured = self.validate() if validates else {}
+                validation_loss = measured.get("loss")
+                self.log.validation(self.name, self.step, measured)
                 if self.health is not None and self.health.due(self.step, config.steps, validates):
                     self.health.measure(self.step)
-                if self._stop_requested(received):
-                    self.save()
-                    raise Interrupted(self.step, received[0] if received else signal.SIGTERM)
-                if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not last:
-                    self.save()
+                if self._stop_requested():
+                    stopped = True
+                    break
+                due = config.checkpoint_every is not None and self.step % config.checkpoint_every == 0
+                if (due and not last) or self._is_best(validation_loss):
+                    self.save(validation_loss)
+            if stopped or self.step < config.steps:
+                self.save(validation_loss)
+                self.saver.settle()
+                raise Interrupted(self.step, self._received[0] if self._received else signal.SIGTERM)
+            if config.ends_with == "best":
+                self.log.ends_with(self.name, self.step, self.saver.restore_best())
         if self.average is not None:
             self.average.apply()
 
@@ -207,8 +250,9 @@ class Stage:
         with nullcontext() if self.average is None else self.average.applied():
             for start in range(0, len(self.data.validation), self.micro_batch):
                 batch = self._collate(list(self.data.validation[start : start + self.micro_batch]))
-                tokens = float(max(1, batch.num_supervised))
-                loss, losses, reconstruction = self._objective(batch, Shares(tokens, 1.0))
+                supervised, drawn = float(max(1, batch.num_supervised)), float(max(1, batch.num_drawn))
+                loss, losses, reconstruction = self._objective(batch, Shares(supervised, 1.0, drawn))
+                tokens = drawn if self.config.stage == "gen" else supervised
                 if self.critics is not None and reconstruction is not None:
                     losses |= self.critics.measure(reconstruction, batch.pixel_values, self.step)
                 for name, value in {"loss": loss, **losses}.items():
@@ -222,31 +266,44 @@ class Stage:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def _train_step(self, micro_batches: list[Batch]) -> tuple[Losses, float]:
-        """(terms averaged over the step, gradient norm before clipping)."""
+    def _train_step(self, micro_batches: list[Batch]) -> tuple[Losses, float] | None:
+        """(terms averaged over the step, gradient norm before clipping); None where a signal came between two micro-batches:
+        everything is then as it was before the step, which may be long."""
         world = self.accelerator.num_processes
-        counts = torch.tensor(
-            [
-                sum(batch.num_supervised for batch in micro_batches),
-                sum(batch.num_images for batch in micro_batches),
-            ],
-            device=self.accelerator.device,
-        )
+        before = random_state() if len(micro_batches) > 1 else None
+        counts = [
+            sum(batch.num_supervised for batch in micro_batches),
+            sum(batch.num_images for batch in micro_batches),
+            sum(batch.num_drawn for batch in micro_batches),
+        ]
         if world > 1:
-            counts = self.accelerator.reduce(counts)
-        tokens, images = (max(1, int(count)) / world for count in counts)
+            counts = self.accelerator.reduce(torch.tensor(counts, device=self.accelerator.device)).tolist()
+        tokens, images, drawn = (max(1, count) / world for count in counts)
         totals: Losses = {}
-        statistics = self.critics.statistics() if self.critics is not None and self.back_offs.allowed else []
+        if self.balance is not None:
+            self.losses = replace(self.losses, tokenizer_weight=self.balance.alpha)
+        revocable = self.back_offs.allowed or before is not None
+        statistics = self.critics.statistics() if self.critics is not None and revocable else []
         for i, batch in enumerate(micro_batches):
-            shares = Shares(tokens, batch.num_images / images)
+            if i > 0 and before is not None and self._stop_requested():
+                self._drop_step(statistics)
+                restore_random_state(before)
+                return None
+            shares = Shares(tokens, batch.num_images / images, drawn)
             synced = i == len(micro_batches) - 1
             with nullcontext() if synced else self.accelerator.no_sync(self.objective):
                 loss, losses = self._losses(batch, shares)
+                if self.balance is not None and synced:
+                    losses["alpha"] = torch.tensor(self.balance.alpha, device=loss.device)
+                    if self.balance.due(self.step):
+                        probe = self._tokenizer.encoder_output
+                        captions = caption_part(losses, self.losses)
+                        self.balance.measure(loss, captions, probe, self.accelerator)
                 # text alone passes no part that `align` trains: nothing to learn from it there
                 if loss.requires_grad:
                     self.accelerator.backward(loss)
             for name, value in {"loss": loss, **losses}.items():
-                factor = 1.0 if name in ("loss", "caption_loss") else shares.images
+                factor = 1.0 if name in WHOLE else shares.images
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() * factor
         norm = self.accelerator.clip_grad_norm_(
             self.objective.parameters(), self.config.optimizer.max_grad_norm or math.inf
@@ -256,12 +313,15 @@ class Stage:
             totals = {name: self.accelerator.reduce(value, reduction="mean") for name, value in totals.items()}
         if self.back_offs.needed(totals, norm_value):
             self.back_offs.refuse(self.step + 1, totals, norm_value)
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.critics is not None:
-                self.critics.drop_step(statistics)
+            self._drop_step(statistics)
         else:
             self._update_weights()
         return totals, norm_value
+
+    def _drop_step(self, statistics: list[Tensor]) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.critics is not None:
+            self.critics.drop_step(statistics)
 
     def _update_weights(self) -> None:
         config, scale = self.config.optimizer, self.back_offs.factor
@@ -281,7 +341,8 @@ class Stage:
         pixels = batch.pixel_values[: len(reconstruction)]
         heard, terms = self.critics.judge(reconstruction, pixels, self.step)
         losses |= self.critics.learn(reconstruction, pixels, shares.images)
-        alpha = 1.0 if isinstance(self.model, VisionTokenizer) else self.losses.tokenizer_weight
+        alone = isinstance(self.model, VisionTokenizer) or self.config.stage == "decoder"
+        alpha = 1.0 if alone else self.losses.tokenizer_weight
         return loss + alpha * shares.images * heard, losses | terms
 
     def _objective(self, batch: Batch, shares: Shares) -> ObjectiveOutput:
@@ -298,7 +359,8 @@ class Stage:
         features: list[Tensor] = []
         wanted, draw = FEATURES_PER_CODE * quantizer.codebook_size, 0
         while sum(each.shape[0] * each.shape[2] * each.shape[3] for each in features) < wanted:
-            items = [self.data.processor.encode(self.data.mixture[draw + i], None) for i in range(self.micro_batch)]
+            draws = range(draw, draw + self.micro_batch)
+            items = [encode_draw(self.data.mixture, each, self.data.processor, None).item for each in draws]
             features += [self.model.encode(self._collate(items).pixel_values)]
             draw += self.micro_batch
         rows = torch.cat([each.flatten(2).transpose(1, 2).flatten(0, 1) for each in features])
@@ -311,7 +373,7 @@ class Stage:
     def _health_monitor(self) -> HealthMonitor | None:
         """None where the tokenizer does not train, or nothing is to be measured."""
         config, data = self.config, self.data
-        if "vision_tokenizer" not in config.parts or config.health.pictures == 0:
+        if "vision_tokenizer" not in config.parts or config.health.pictures == 0 or config.stage == "decoder":
             return None
         batches = fixed_batches(
             config.health, data.validation, data.mixture, data.processor, data.max_length, self.micro_batch
@@ -335,73 +397,41 @@ class Stage:
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each remaining step."""
-        sampler = DrawSampler(
-            self.step,
-            self.config.steps,
-            self.micro_batch,
-            self.accumulation,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        loader: DataLoader[Any] = DataLoader(
-            EncodedDraws(self.data.mixture, self.data.processor, self.data.max_length),
-            batch_sampler=sampler,
-            collate_fn=_Collate(self.data.processor),
-            num_workers=self.data.num_workers,
-            worker_init_fn=leave_signals_to_the_parent,
-            # its own generator: a loader otherwise draws its workers' seed from the state that training resumes
-            generator=torch.Generator(),
-        )
-        gathered: list[Batch] = []
-        for item in loader:
-            if isinstance(item, UserError):
-                raise item
-            gathered.append(item.to(self.accelerator.device))
-            if len(gathered) == self.accumulation:
-                yield gathered
-                gathered = []
-
     def _collate(self, items: Sequence[Encoded]) -> Batch:
-        return self.data.processor.collate(items).to(self.accelerator.device)
+        batch = self.data.processor.collate(items, packing=self.config.packing)
+        return batch.to(self.accelerator.device)
 
     def _check_freezing(self, batches: list[Batch]) -> None:
         """Assert, with gradients, what trains. A step without pictures or answers can tell nothing and is let pass."""
         assert isinstance(self.model, EttForConditionalGeneration)
-        batch = next((batch for batch in batches if batch.num_images > 0 and batch.num_supervised > 0), None)
-        if batch is None:
+        taught = (each for each in batches if each.num_images > 0 and each.num_supervised + each.num_drawn > 0)
+        batch = next(taught, None)
+        missing = torch.tensor(float(batch is None), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            # all ranks look, or none: they wait for each other in the quantizer
+            missing = self.accelerator.reduce(missing)
+        if batch is None or bool(missing > 0):
             return
         with self.accelerator.autocast():
             reach = caption_reach(self.model, batch, self.losses)
         check_reach(reach, self.config, self.model.config.visual_input)
         self.log.reach(self.name, reach.norms)
 
-    def _stop_requested(self, received: list[int]) -> bool:
+    def _stop_requested(self) -> bool:
         if self.accelerator.num_processes == 1:
-            return bool(received)
-        flag = torch.tensor(float(bool(received)), device=self.accelerator.device)
+            return bool(self._received)
+        flag = torch.tensor(float(bool(self._received)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag) > 0)
 
+    def _stopped_alone(self) -> bool:
+        """Whether to stop where ranks cannot ask each other."""
+        return self.accelerator.num_processes == 1 and bool(self._received)
 
-class _Collate:
-    """Collates in the worker; an unusable example passes through as its error."""
-
-    def __init__(self, processor: EttProcessor) -> None:
-        self.processor = processor
-
-    def __call__(self, items: list[Encoded | UserError]) -> Batch | UserError:
-        encoded = []
-        for item in items:
-            if isinstance(item, UserError):
-                return item
-            encoded.append(item)
-        return self.processor.collate(encoded)
-
-
-def encode_all(mixture: Mixture, count: int, processor: EttProcessor, max_length: int | None) -> list[Encoded]:
-    """The first `count` draws, encoded; a fixed set for validation."""
-    return [processor.encode(mixture[draw], max_length) for draw in range(count)]
+    def _is_best(self, validation_loss: float | None) -> bool:
+        """Whether these weights are what the stage may end with; every rank says the same."""
+        if self.config.ends_with != "best" or validation_loss is None:
+            return False
+        return bool(broadcast_object_list([validation_loss < self.saver.best])[0])
 
 
 def _checkpoint_activations(language_model: PreTrainedModel) -> None:
@@ -425,22 +455,19 @@ def _modules_by_part(model: EttForConditionalGeneration) -> dict[str, nn.Module]
         "projector": nn.ModuleList(projector),
         "language_model": model.language_model,
     }
+    if model.image_head is not None:
+        parts["image_head"] = model.image_head
     assert {part_of(name) for name, _ in model.named_parameters()} == set(parts)
     return parts
 
 
-def split_batch(config: StageConfig, world_size: int) -> tuple[int, int]:
-    """(examples per forward on one rank, forwards per step)."""
-    micro = config.micro_batch_size or config.batch_size // world_size
-    if micro < 1 or config.batch_size % (micro * world_size):
-        raise DataError(
-            f"batch_size = {config.batch_size} does not divide into micro-batches of {micro} on {world_size} processes. Choose "
-            "batch_size as a multiple of micro_batch_size times the number of processes."
-        )
-    return micro, config.batch_size // (micro * world_size)
-
-
 def _postfix(values: Mapping[str, float], rate: float) -> str:
-    short = {"loss": "loss", "caption_loss": "cap", "reconstruction_loss": "rec", "quantization_loss": "quant"}
+    short = {
+        "loss": "loss",
+        "caption_loss": "cap",
+        "image_loss": "image",
+        "reconstruction_loss": "rec",
+        "quantization_loss": "quant",
+    }
     shown = [f"{label} {values[name]:.3f}" for name, label in short.items() if name in values]
     return ", ".join([*shown, f"{rate:.1f} img/s"])

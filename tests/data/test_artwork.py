@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 
-from ett.data.artwork import BUILTIN, NAME_QUESTIONS, QUESTIONS, SPLITS, STYLES, ArtworkNames, ArtworkQuestions
+from ett.data.artwork import (
+    BUILTIN,
+    FACT_QUESTIONS,
+    NAME_QUESTIONS,
+    QUESTIONS,
+    SPLITS,
+    STYLES,
+    ArtworkFacts,
+    ArtworkNames,
+    ArtworkQuestions,
+)
 from ett.data.shards import ShardIndex
 from ett.errors import DataError
 
@@ -191,3 +201,21 @@ def test_the_notice_names_every_source_and_licence() -> None:
         "skin tones",
     ):
         assert words in notice, words
+
+
+def test_facts_are_asked_in_words_alone_once_for_each_name() -> None:
+    source = ArtworkFacts("concept")
+    names = {fact["name"] for fact in facts("concept")}
+    examples = [source[i] for i in range(len(source))]
+    assert {example.metadata["name"] for example in examples} == names
+    assert len({(e.metadata["name"], e.metadata["question_kind"]) for e in examples}) == len(examples)
+    for example in examples[::7]:
+        question, answer = (message["content"] for message in example.messages)
+        assert example.images == ()
+        assert [part["type"] for part in question] == ["text"]
+        assert example.metadata["name"] in question[0]["text"]
+        assert "{" not in question[0]["text"]
+        assert answer[0]["text"] == example.metadata[example.metadata["question_kind"]]
+    assert {e.metadata["question_kind"] for e in examples} <= set(FACT_QUESTIONS)
+    with pytest.raises(IndexError):
+        source[len(source)]

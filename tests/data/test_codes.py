@@ -426,7 +426,7 @@ def test_a_frozen_stage_trains_the_same_from_codes(
     monkeypatch.setattr(loop_module.Stage, "_train_step", interrupted_step)
     monkeypatch.setattr(CodeCache, "_encode", interrupted_encode)
     out = tmp_path / "stopped"
-    for resume, step in ((False, 0), (True, 3)):
+    for resume, step in ((False, 0), (True, 2)):
         with pytest.raises(Interrupted) as caught:
             run(frozen_recipe, out, True, resume=resume)
         assert caught.value.step == step
@@ -463,7 +463,7 @@ def test_drawn_batches_need_no_picture(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PIL.Image, "open", None)
         items = [EncodedDraws(coded, processor, None)[draw] for draw in range(9)]
-    assert sum(item.num_images for item in items) == 9  # type: ignore[union-attr]
+    assert sum(drawn.item.num_images for drawn in items) == 9  # type: ignore[union-attr]
 
 
 @pytest.mark.slow

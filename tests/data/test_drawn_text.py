@@ -14,6 +14,8 @@ from fontTools.ttLib import TTFont
 
 from ett.data.drawn_text import (
     BUILTIN,
+    DOCUMENT,
+    DOCUMENT_QUESTIONS,
     KINDS,
     SPLITS,
     TEXT_COLOURS,
@@ -179,3 +181,41 @@ def test_wrong_arguments_are_named() -> None:
         DrawnText(size=16)
     with pytest.raises(DataError, match="at least 1, not 0"):
         DrawnText(length=0)
+
+
+def test_documents_have_lines_of_words_of_their_split() -> None:
+    """Whole, within the picture, several lines high, the same each time; other kinds are what they were."""
+    source = DrawnText("word", size=96, difficulty=0.4, kinds=(DOCUMENT,), length=40)
+    drawn = {len(source[i].metadata["text"].split()) for i in range(40)}
+    assert min(drawn) >= 2
+    assert len(drawn) > 2
+    for i in range(12):
+        example = source[i]
+        answer = example.messages[-1]["content"][0]["text"]
+        assert answer == example.metadata["text"] == " ".join(answer.split())
+        assert all(split_of(word) == "word" for word in answer.split())
+        assert example.messages[0]["content"][1]["text"] in DOCUMENT_QUESTIONS
+        assert example.images[0].tobytes() == source[i].images[0].tobytes()
+    # black on white, upright: rows of ink and rows of paper alternate, once for each line
+    plain = DrawnText("train", size=128, difficulty=0.0, kinds=(DOCUMENT,), lines=(3, 3), length=30)
+    counts = []
+    for i in range(30):
+        example = plain[i]
+        if example.metadata["background"] != "flat":
+            continue
+        pixels = np.asarray(example.images[0], dtype=int)
+        ink = (np.abs(pixels - pixels[0, 0]).sum(axis=2) > 60).any(axis=1)
+        assert not ink[0]
+        assert not ink[-1]
+        counts.append(int((np.diff(ink.astype(int)) == 1).sum()))
+    # dots of i and hanging strokes may part or join rows
+    assert sorted(counts)[len(counts) // 2] == 3
+    assert DrawnText("train", size=64, kinds=("word", DOCUMENT), length=4)[1].id == "drawn-text/train/0/1"
+
+
+def test_documents_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(DataError, match="32 pixels hold"):
+        DrawnText(size=32, difficulty=0.0, kinds=(DOCUMENT,), lines=(4, 4))
+    with pytest.raises(DataError, match="lines ="):
+        DrawnText(kinds=(DOCUMENT,), lines=(3, 2))
+    assert DrawnText(size=64, difficulty=0.0, kinds=(DOCUMENT,), lines=(2, 9), length=3)[2].metadata["text"]

@@ -1,0 +1,150 @@
+"""When a checkpoint is written, and by whom: a thread of the first rank, beside training; all ranks learn whether it worked."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+
+from ett.errors import ModelError, UserError
+from ett.train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Stateful,
+    best_of,
+    checkpoint_folders,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    newest_whole,
+    random_state,
+    take_snapshot,
+    write_checkpoint,
+)
+
+
+class Saver:
+    """The checkpoints of one stage. Every method is for all ranks at once; leaving the context waits for what is being written.
+
+    Args:
+        directory: of the run's checkpoints.
+        stage: its name.
+        model, optimizer, extras: what is saved and put back.
+        optional: names of extras that a checkpoint may lack.
+        accelerator: the processes.
+
+    Attributes:
+        best: the lowest validation loss that a checkpoint holds, infinite where none does.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        stage: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        extras: Mapping[str, Stateful],
+        optional: tuple[str, ...],
+        accelerator: Accelerator,
+    ) -> None:
+        self.directory, self.stage, self.accelerator = directory, stage, accelerator
+        self.model, self.optimizer, self.extras, self.optional = model, optimizer, extras, optional
+        self.best = math.inf
+        self._saved: int | None = None
+        self._writing: Future[Checkpoint] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+        if kind is None:
+            self.settle()
+
+    def resume(self, tell: Callable[[int, str], None]) -> int:
+        """Put the newest whole checkpoint back, if there is one; returns the steps finished.
+
+        Args:
+            tell: see `newest_whole`.
+
+        Raises:
+            ModelError: no checkpoint is whole, or it is of another stage than this.
+        """
+        # one process's view, and its to set damaged ones aside
+        found, error = None, None
+        if self.accelerator.is_main_process:
+            for folder in checkpoint_folders(self.directory, self.stage):
+                if folder.name.startswith("."):
+                    # half written when a run was killed
+                    shutil.rmtree(folder)
+            try:
+                found = newest_whole(self.directory, self.stage, tell)
+            except ModelError as caught:
+                error = str(caught)
+        found, error = broadcast_object_list([found, error])
+        if error is not None:
+            raise ModelError(error)
+        if found is None:
+            return 0
+        rank = self.accelerator.process_index
+        load_checkpoint(found, self.model, self.optimizer, self.extras, self.optional, rank)
+        best = best_of(list_checkpoints(self.directory, self.stage))
+        self.best = math.inf if best is None else best.validation_loss
+        self._saved = found.step
+        return int(found.step)
+
+    def save(self, step: int, validation_loss: float | None = None) -> None:
+        """Begin to write a checkpoint of `step` finished steps, once the one before is on the disk.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.settle()
+        if step == self._saved:
+            return
+        states = gather_object([random_state()])
+        if validation_loss is not None and not math.isfinite(validation_loss):
+            validation_loss = None
+        self.best = min(self.best, math.inf if validation_loss is None else validation_loss)
+        self._saved = step
+        if self.accelerator.is_main_process:
+            snapshot = take_snapshot(self.stage, step, self.model, self.optimizer, self.extras, states, validation_loss)
+            self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
+            self._writing = self._thread.submit(write_checkpoint, self.directory, snapshot)
+
+    def settle(self) -> None:
+        """Return when what was saved is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        error = self._writing.exception() if self._writing is not None else None
+        self._writing = None
+        if self.accelerator.num_processes > 1:
+            failed = torch.tensor(float(error is not None), device=self.accelerator.device)
+            if bool(self.accelerator.reduce(failed) > 0) and error is None:
+                raise CheckpointError(f"Stage {self.stage}: the first process could not write a checkpoint.")
+        if error is not None:
+            raise error
+
+    def restore_best(self) -> int:
+        """Put the weights (and averages) of the best validation back; returns its step."""
+        self.settle()
+        best = best_of(list_checkpoints(self.directory, self.stage))
+        if best is None:
+            raise UserError(f"Stage {self.stage}: there is no checkpoint of a validation to end with.")
+        averages = {name: each for name, each in self.extras.items() if name == "average"}
+        load_weights(best, self.model, averages)
+        return best.step
