@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ett.errors import DataError, ModelError
 from ett.generate.fidelity import psnr, ssim
-from ett.images import WHITE, from_array, load_image
+from ett.images import WHITE, Box, from_array, load_image
 from ett.model.processing import EttImageProcessor
 from ett.tokenizers import VisionTokenizer
 
@@ -80,18 +80,24 @@ def reconstruct(
     processor = sized(tokenizer, size)
     waiting = iter(images)
     while part := list(islice(waiting, batch_size)):
-        fitted = [processor.fit(load_image(picture)) for picture in part]
-        pixels = _on_device(tokenizer, [array for array, _ in fitted])
-        indices = tokenizer.tokenize(pixels)
-        decoded = tokenizer.detokenize(indices)
-        for i, (array, box) in enumerate(fitted):
-            yield Reconstruction(
-                original=box.cut(from_array(array)),
-                image=box.cut(from_array(decoded[i].cpu().numpy())),
-                indices=indices[i].cpu().numpy(),
-                psnr=psnr(pixels[i], decoded[i], box),
-                ssim=ssim(pixels[i], decoded[i], box),
-            )
+        yield from rebuild(tokenizer, [processor.fit(load_image(picture)) for picture in part])
+
+
+def rebuild(
+    tokenizer: VisionTokenizer, fitted: Sequence[tuple[npt.NDArray[np.float32], Box]]
+) -> Iterator[Reconstruction]:
+    """`reconstruct` for one batch that `EttImageProcessor.fit` prepared: (float32[3, H, W] in [-1, 1], box) each."""
+    pixels = _on_device(tokenizer, [array for array, _ in fitted])
+    indices = tokenizer.tokenize(pixels)
+    decoded = tokenizer.detokenize(indices)
+    for i, (array, box) in enumerate(fitted):
+        yield Reconstruction(
+            original=box.cut(from_array(array)),
+            image=box.cut(from_array(decoded[i].cpu().numpy())),
+            indices=indices[i].cpu().numpy(),
+            psnr=psnr(pixels[i], decoded[i], box),
+            ssim=ssim(pixels[i], decoded[i], box),
+        )
 
 
 def write_reconstructions(
