@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ett.evaluate.charts import Point
 from ett.evaluate.comparison_evidence import ComparedPicture, Events, Predictions, curves, pictures, samples
 from ett.evaluate.comparison_figures import (
     Summary,
@@ -21,7 +22,9 @@ from ett.evaluate.comparison_figures import (
 )
 from ett.evaluate.html import finite, folded, safe, table, titled
 from ett.evaluate.page import page
+from ett.evaluate.pareto import pareto_section
 from ett.evaluate.verdict import arm_title, fixed
+from ett.evaluate.wall_clock import equal_time_section, loss_by_time
 
 __all__ = ["ComparedPicture", "ComparisonFacts", "render_comparison"]
 
@@ -82,8 +85,11 @@ def render_comparison(facts: ComparisonFacts) -> str:
         ("What was compared", _introduction(summary)),
         ("What came out", verdict(summary)),
         ("Figures", arms_table(summary, also=True) + forest(summary)),
+        ("Understanding against reconstruction", pareto_section(summary)),
         ("", "" if facts.proof is None else _proof(facts.proof)),
         ("Curves", curves(facts.events, reference)),
+        ("At equal time instead of equal steps", equal_time_section(_times(facts))),
+        ("Settings searched on validation data", _search(summary)),
         ("Pictures through the tokenizer", pictures(facts.pictures, reference)),
         (
             "Answers",
@@ -190,6 +196,34 @@ def _proof(proof: Summary) -> str:
         f"{safe('; '.join(facts))}.</p>"
         f"{verdict(proof, brief=True)}{arms_table(proof, also=False)}{by_seed(proof)}{forest(proof)}</aside>"
     )
+
+
+def _times(facts: ComparisonFacts) -> dict[str, list[Point]]:
+    """`loss_by_time` of the arms that begin where all others do, the reference first."""
+    changes, reference = _changes(facts.summary), str(facts.summary["reference"])
+    later = {arm for arm, keys in changes.items() if any(str(value).startswith("arm:") for value in keys.values())}
+    arms = sorted((arm for arm in facts.events if arm not in later), key=lambda arm: arm != reference)
+    return {arm: loss_by_time(facts.events[arm]) for arm in arms}
+
+
+def _search(summary: Summary) -> str:
+    """Every trial of every arm, the chosen one marked; nothing where nothing was searched."""
+    found = summary.get("search")
+    if not found:
+        return ""
+    rows = [
+        [
+            safe(arm_title(arm)),
+            _change_list(trial["values"]),
+            f"{fixed(trial['caption_loss'], 4)}{' ★' if trial['values'] == each['chosen'] else ''}",
+        ]
+        for arm, each in found.items()
+        for trial in each["trials"]
+    ]
+    note = (
+        "<p>Caption loss of the last validation, nats per token; the arms were then run with the values marked ★.</p>"
+    )
+    return note + table(["Arm", "Values", "Caption loss"], rows, (2,), "arms")
 
 
 # -- how it was made ---------------------------------------------------------------------------------------------------

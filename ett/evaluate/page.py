@@ -9,6 +9,8 @@ LOWER, HIGHER = "lower is better", "higher is better"
 DESCRIPTIONS: dict[str, tuple[str, str, str]] = {
     "caption_loss": ("Caption loss", "nats per token", LOWER),
     "caption_loss_per_character": ("Caption loss", "nats per character", LOWER),
+    "text_loss": ("Loss without pictures", "nats per token", LOWER),
+    "text_loss_per_character": ("Loss without pictures", "nats per character", LOWER),
     "caption_token_accuracy": ("Tokens predicted right", "share", HIGHER),
     "exact_match": ("Exact match", "share", HIGHER),
     "character_error_rate": ("Character error rate", "edits per character", LOWER),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ett.data.artwork import ArtworkFacts
 from ett.data.manifest import Manifest, question_and_reference
 from ett.data.sources import Source
 from ett.errors import DataError
@@ -66,6 +67,11 @@ def choices_and_right(example: Example) -> tuple[list[str], int] | None:
 def first_of_manifest(source: Source) -> Example | None:
     """The example that decides what runs unasked on a manifest; None for other sources, which state nothing of this kind."""
     return source[0] if isinstance(source, Manifest) else None
+
+
+def text_only(source: Source) -> bool:
+    """Whether a source is the built-in one in words alone. Of a manifest the task "text" is asked for by name."""
+    return source.name == ArtworkFacts.name
 
 
 def manifest_states(source: Source, key: str) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 import PIL.Image
 import yaml
 
-from ett.errors import DataError, UserError
+from ett.errors import DataError, ModelError, UserError
 from ett.images import load_image
+from ett.model.loading import is_saved_model
 
 LOG_NAME, RECIPE_NAME = "log.jsonl", "recipe.yaml"
 PICTURES_NAME, PICTURES_FOLDER = "samples.json", "samples"
@@ -46,6 +47,25 @@ class RunFacts:
     def of(self, stage: str, kind: str) -> list[Mapping[str, Any]]:
         """The events of a stage that are of one kind ("step", "validation", "reach")."""
         return [event for event in self.events if event["stage"] == stage and event.get("event") == kind]
+
+
+def resolve_model_folder(path: Path) -> Path:
+    """The folder that holds weights: `path` itself, or the last finished stage of the run in it.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    if not path.exists():
+        raise ModelError(f"There is no {path}. Give a folder written by `ett train` or save_pretrained.")
+    if is_saved_model(path) or not (path / RECIPE_NAME).is_file():
+        return path
+    stages = sorted(path.glob("stages/[0-9]*-*"), key=lambda p: int(p.name.split("-")[0]))
+    if not stages:
+        raise ModelError(
+            f"The run in {path} has not finished a stage yet. Continue it with `ett train {path / RECIPE_NAME} --out {path} "
+            "--resume`."
+        )
+    return stages[-1]
 
 
 def read_run(folder: Path) -> RunFacts:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from ett.experiments.comparison import (
     ComparisonFolder,
     load_comparison,
     measure_start,
+    open_comparison,
     run_arm,
     steps_of,
 )
 from ett.experiments.comparison_report import write_comparison_report
-from ett.experiments.folder import RECIPE_NAME
+from ett.experiments.search import SEARCH_NAME, TRIAL_NAME, choose, run_trial
 from ett.signals import noted_signals
 from ett.train.log import LOG_NAME, read_log
 from ett.train.loop import Interrupted
@@ -46,6 +47,7 @@ class _Job:
     key: str
     folder: Path
     steps: int
+    needs: str | None = None
     process: subprocess.Popen[bytes] | None = None
     output: Path | None = None
 
@@ -70,6 +72,7 @@ def ablate(
     resume: bool = False,
     overwrite: bool = False,
     jobs: int | None = None,
+    search: Mapping[str, Any] | None = None,
 ) -> Path:
     """Run every arm of a recipe that compares arms, and write the report.
 
@@ -79,6 +82,7 @@ def ablate(
         resume: continue what is there. overwrite: delete the comparison that is there.
         jobs: arms at a time, each with its share of the cores; None takes one for each CPU core, or one at a time where
             there is an accelerator.
+        search: what is searched for each arm on validation first, in place of the recipe's (`Search`).
 
     Returns:
         The path of ``report.html``.
@@ -86,9 +90,15 @@ def ablate(
     Raises:
         Interrupted: stopped by a signal, every arm saved. UserError: an arm failed; the others were stopped and saved.
     """
-    comparison = load_comparison(recipe, overrides)
+    comparison = load_comparison(recipe, overrides, search=search)
     folder = ComparisonFolder(out, comparison, resume=resume, overwrite=overwrite)
     folder.open()
+    if comparison.trials and not (out / SEARCH_NAME).is_file():
+        trials = _pending_trials(comparison, out)
+        if trials:
+            _run_all(trials, out, jobs if jobs is not None else _jobs(len(trials)))
+        choose(comparison.trials, out)
+    comparison = open_comparison(out)
     pending = _pending(comparison, out)
     if pending:
         _run_all(pending, out, jobs if jobs is not None else _jobs(len(pending)))
@@ -96,28 +106,38 @@ def ablate(
 
 
 def run_only(out: Path, key: str) -> None:
-    """One arm ("NAME:SEED"), or "start", of the comparison that was opened in `out`, in this process.
+    """One arm ("NAME:SEED"), one trial ("search:NAME:NUMBER"), or "start", of the comparison that was opened in `out`, in this
+    process.
 
     Raises:
         Interrupted: stopped by a signal, after saving. UserError: there is no such comparison or arm, or it failed.
     """
-    if not (out / RECIPE_NAME).is_file():
-        raise UserError(f"There is no comparison in {out}. Start one with `ett ablate RECIPE --out {out}`.")
-    comparison = load_comparison(out / RECIPE_NAME)
+    comparison = open_comparison(out)
+    trials = {trial.key: trial for trial in comparison.trials}
     if key == START:
         measure_start(comparison, out)
+    elif key in trials:
+        run_trial(trials[key], out)
     else:
-        run_arm(comparison.find(key), out)
+        run_arm(comparison, comparison.find(key), out)
 
 
 def _jobs(pending: int) -> int:
     return 1 if torch.accelerator.is_available() else max(1, min(pending, os.cpu_count() or 1))
 
 
+def _pending_trials(comparison: Comparison, out: Path) -> list[_Job]:
+    return [
+        _Job(trial.key, out / trial.folder, steps_of(trial.recipe))
+        for trial in comparison.trials
+        if not (out / trial.folder / TRIAL_NAME).is_file()
+    ]
+
+
 def _pending(comparison: Comparison, out: Path) -> list[_Job]:
     """What is not finished: arms that tune the tokenizer first, for they take longest, and the start last."""
     arms = sorted((arm for arm in comparison.arms if not (out / arm.folder / EVALUATION_NAME).is_file()), key=_cost)
-    found = [_Job(arm.key, out / arm.folder, steps_of(arm.recipe)) for arm in arms]
+    found = [_Job(arm.key, out / arm.folder, steps_of(arm.recipe), arm.needs) for arm in arms]
     recipe = comparison.arms[0].recipe
     if recipe.model.init is not None and not (out / START / EVALUATION_NAME).is_file():
         found.append(_Job(START, out / START, 0))
@@ -143,8 +163,8 @@ def _run_all(pending: list[_Job], out: Path, jobs: int) -> None:
         said = time.monotonic()
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    running.append(_started(waiting.pop(0), out, threads))
+                while len(running) < jobs and (job := _next(waiting, running)) is not None:
+                    running.append(_started(job, out, threads))
                 time.sleep(POLL_SECONDS)
                 if received:
                     raise Interrupted(sum(job.done_steps for job in pending), received[0])
@@ -156,6 +176,15 @@ def _run_all(pending: list[_Job], out: Path, jobs: int) -> None:
                     _say(bar, pending, running, total)
         finally:
             _stop(running)
+
+
+def _next(waiting: list[_Job], running: Sequence[_Job]) -> _Job | None:
+    """Take the first job out of `waiting` that starts from nothing which is still to be made."""
+    unfinished = {job.key for job in (*waiting, *running)}
+    for position, job in enumerate(waiting):
+        if job.needs not in unfinished:
+            return waiting.pop(position)
+    return None
 
 
 def _started(job: _Job, out: Path, threads: int) -> _Job:

@@ -3,6 +3,7 @@
     OUT/comparison.json, OUT/recipe.yaml    that this is a comparison's folder; the recipe with its arms
     OUT/<arm>/ or OUT/<arm>/seed-<n>/       a run's folder (ett.experiments.run) with its ``evaluation.json``
     OUT/<arm>-<seed>.output.txt             what its process printed
+    OUT/search.json, OUT/search/            what was searched for the arms, where the recipe says so (ett.experiments.search)
     OUT/start/evaluation.json               the model that every arm starts from, before any training
     OUT/report.html, OUT/report.json        what came out
 
@@ -23,10 +24,19 @@ import yaml
 from ett import __version__
 from ett.errors import RecipeError, UserError, unknown
 from ett.evaluate.run import evaluate, load_for_evaluation
-from ett.evaluate.sources import NamedSources
+from ett.evaluate.sources import NamedSources, builtin_sources
 from ett.experiments.folder import RECIPE_NAME, RunFolder
 from ett.experiments.recipe import Recipe, read_values, recipe_of_arm
 from ett.experiments.run import Run, evaluation_sources, resolve_model_folder
+from ett.experiments.search import (
+    SEARCH_FOLDER,
+    SEARCH_NAME,
+    TRIAL_NAME,
+    Choices,
+    Search,
+    Trial,
+    read_choices,
+)
 from ett.model.loading import find_weights, load_vision_tokenizer
 from ett.tokenizers import VisionTokenizer
 
@@ -34,6 +44,10 @@ MARKER_NAME = "comparison.json"
 EVALUATION_NAME = "evaluation.json"
 OUTPUT_SUFFIX = ".output.txt"
 """OUT/<arm>-<seed>.output.txt holds what that arm's process printed."""
+REPORTS = ("report.html", "report.json", "table.md", "pareto.svg")
+"""What `write_comparison_report` leaves."""
+OWN_KEYS = ("arms", "seeds", "reference", "search")
+"""Keys of a comparison's recipe that are no recipe's."""
 START = "start"
 """Folder of what the arms start from; no arm can be called so."""
 
@@ -58,6 +72,11 @@ class Arm:
         """How the command line calls it: "ett:0"."""
         return f"{self.name}:{self.seed}"
 
+    @property
+    def needs(self) -> str | None:
+        """The key of the arm whose result this one starts from, or None."""
+        return None if self.recipe.starts_from is None else f"{self.recipe.starts_from}:{self.seed}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -67,11 +86,13 @@ class Comparison:
         name: the recipe's.
         values: the recipe's file with overrides applied; `arms` and `seeds` are among them.
         arms: every arm with every seed, seeds of an arm together.
+        trials: of the search, where the recipe has one, for every arm that starts from no other.
     """
 
     name: str
     values: Mapping[str, Any]
     arms: Sequence[Arm]
+    trials: Sequence[Trial] = ()
 
     @property
     def names(self) -> list[str]:
@@ -98,26 +119,42 @@ class Comparison:
                 return arm
         raise RecipeError(unknown("arm", key, [arm.key for arm in self.arms]))
 
+    def root(self, arm: Arm) -> Arm:
+        """The first in the chain of arms that `arm` starts from; `arm` itself where it starts from none."""
+        while arm.needs is not None:
+            arm = self.find(arm.needs)
+        return arm
+
     @property
     def dump(self) -> str:
         """The recipe as YAML; reading it back gives the same comparison."""
         return yaml.safe_dump(dict(self.values), sort_keys=False, allow_unicode=True)
 
 
-def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+def load_comparison(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    search: Mapping[str, Any] | None = None,
+    chosen: Choices | None = None,
+) -> Comparison:
     """Read a recipe that compares arms.
 
     ``arms`` maps each arm's name to its changes, dotted keys to values ({} for none); ``seeds`` lists seeds, default the
-    recipe's own. All other keys are a recipe's.
+    recipe's own; ``reference`` names the arm that the others are compared with; ``search`` is what is searched for each arm
+    first (`Search`). All other keys are a recipe's.
 
     Args:
         path: a YAML file, or the name of a shipped recipe. overrides: as `load_recipe` takes them.
+        search: in place of the recipe's. chosen: values that a search found, which the arms then have.
 
     Raises:
         RecipeError: no arms, or an arm whose recipe is not usable (the message names it).
     """
     values = read_values(path, overrides)
-    rest = {key: value for key, value in values.items() if key not in ("arms", "seeds")}
+    if search is not None:
+        values["search"] = dict(search)
+    rest = {key: value for key, value in values.items() if key not in OWN_KEYS}
     given, seeds = values.get("arms"), values.get("seeds", [values.get("seed", 0)])
     if not isinstance(given, Mapping) or len(given) < 2:
         raise RecipeError(
@@ -125,20 +162,48 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         )
     if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) != len(seeds):
         raise RecipeError(f"seeds = {seeds!r} must be a list of different numbers, for example [0, 1, 2].")
+    reference = values.get("reference")
+    if reference is not None and reference not in given:
+        raise RecipeError(unknown("arm as reference", reference, [str(name) for name in given]))
+    searched, trials = Search.of(values.get("search")), list[Trial]()
     arms: list[Arm] = []
     for name in map(str, given):
-        if name == START or Path(name).name != name or name.startswith("."):
+        if name in (START, SEARCH_FOLDER) or Path(name).name != name or name.startswith("."):
             raise RecipeError(
-                f"arms.{name}: the arm's name becomes a folder's; choose a plain word other than {START!r}."
+                f"arms.{name}: the arm's name becomes a folder's; choose a plain word other than {START!r} and "
+                f"{SEARCH_FOLDER!r}."
             )
         for seed in seeds:
             try:
-                recipe = recipe_of_arm({**rest, "seed": seed}, name, given[name])
+                own = given[name] if given[name] is not None else {}
+                if not isinstance(own, Mapping):
+                    raise RecipeError(f"it must be a mapping of dotted keys to values, or {{}}; got {own!r}.")
+                changes = {**own, **(chosen or {}).get(name, {})}
+                recipe = recipe_of_arm({**rest, "seed": seed}, name, changes)
+                if searched is not None and seed == seeds[0] and recipe.starts_from is None:
+                    for number, tried in enumerate(searched.combinations(recipe)):
+                        trial = recipe_of_arm({**rest, "seed": seed}, name, {**changes, **tried, **searched.changes})
+                        trials.append(Trial(name, number, tried, trial))
             except RecipeError as error:
                 raise RecipeError(f"arms.{name}: {error}") from error
+            if recipe.starts_from is not None and recipe.starts_from not in {arm.name for arm in arms} - {name}:
+                raise RecipeError(
+                    f"arms.{name} starts from the arm {recipe.starts_from!r}, which must be one of those above it."
+                )
             folder = Path(name) if len(seeds) == 1 else Path(name) / f"seed-{seed}"
             arms.append(Arm(name, recipe.seed, recipe, folder))
-    return Comparison(str(values.get("name")), values, arms)
+    return Comparison(str(values.get("name")), values, arms, trials)
+
+
+def open_comparison(out: Path) -> Comparison:
+    """The comparison in folder `out`, with what its search chose.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (out / RECIPE_NAME).is_file():
+        raise UserError(f"There is no comparison in {out}. Start one with `ett ablate RECIPE --out {out}`.")
+    return load_comparison(out / RECIPE_NAME, chosen=read_choices(out))
 
 
 class ComparisonFolder:
@@ -194,7 +259,12 @@ class ComparisonFolder:
             folder = self.path / arm.folder
             if folder.is_dir():
                 RunFolder(folder, arm.recipe, resume=False, overwrite=True).clear()
-        for name in (f"{START}/{EVALUATION_NAME}", "report.html", "report.json", RECIPE_NAME, MARKER_NAME):
+        for trial in before.trials:
+            folder = self.path / trial.folder
+            if folder.is_dir():
+                RunFolder(folder, trial.recipe, resume=False, overwrite=True).clear()
+                (folder / TRIAL_NAME).unlink(missing_ok=True)
+        for name in (f"{START}/{EVALUATION_NAME}", SEARCH_NAME, *REPORTS, RECIPE_NAME, MARKER_NAME):
             (self.path / name).unlink(missing_ok=True)
         for output in self.path.glob(f"*{OUTPUT_SUFFIX}"):
             output.unlink()
@@ -205,18 +275,26 @@ def is_comparison(path: Path) -> bool:
     return (path / MARKER_NAME).is_file() and (path / RECIPE_NAME).is_file()
 
 
-def run_arm(arm: Arm, out: Path) -> Path:
+def run_arm(comparison: Comparison, arm: Arm, out: Path) -> Path:
     """Train and measure one arm in its folder under `out`, or what is left of it to do; returns the evaluation's path.
 
     Raises:
-        Interrupted: stopped by a signal, after saving. UserError: the arm cannot be run.
+        Interrupted: stopped by a signal, after saving. UserError: the arm cannot be run, or the one that it starts from is not
+            finished.
     """
     folder = out / arm.folder
     target = folder / EVALUATION_NAME
     if target.is_file():
         return target
-    model_folder = Run(arm.recipe, folder, resume=folder.is_dir() and any(folder.iterdir())).train()
-    _measure(arm.recipe, model_folder, target)
+    recipe = arm.recipe
+    if arm.needs is not None:
+        before = comparison.find(arm.needs)
+        if not (out / before.folder / EVALUATION_NAME).is_file():
+            raise UserError(f"{arm.key} starts from {before.key}, which is not finished. Run that one first.")
+        recipe = recipe.started_from(str(resolve_model_folder(out / before.folder).resolve()))
+    model_folder = Run(recipe, folder, resume=folder.is_dir() and any(folder.iterdir())).train()
+    # drift is from the common start, however many arms lie between
+    _measure(comparison.root(arm).recipe, model_folder, target)
     return target
 
 
@@ -254,7 +332,10 @@ def initial_tokenizer(recipe: Recipe) -> VisionTokenizer | None:
 
 def report_sources(recipe: Recipe) -> NamedSources:
     """The built-in sources that the report's figures come from, drawn as the recipe trains on them."""
-    return evaluation_sources(recipe, recipe.evaluation.report_split or recipe.evaluation.split)
+    split = recipe.evaluation.report_split or recipe.evaluation.split
+    if recipe.evaluation.report_data is not None:
+        return builtin_sources(split, recipe.evaluation.report_data)
+    return evaluation_sources(recipe, split)
 
 
 def read_evaluation(path: Path) -> Mapping[str, Any]:

@@ -13,27 +13,31 @@ import PIL.Image
 from ett.errors import UserError
 from ett.evaluate.base import Metric
 from ett.evaluate.comparison import compare, pooled
+from ett.evaluate.comparison_markdown import comparison_markdown
 from ett.evaluate.comparison_page import ComparedPicture, ComparisonFacts, render_comparison
+from ett.evaluate.pareto import pareto_svg
 from ett.evaluate.run import load_for_evaluation
 from ett.evaluate.run_folder import read_run, write_whole
 from ett.experiments.comparison import (
     EVALUATION_NAME,
+    REPORTS,
     START,
     Arm,
     Comparison,
     initial_tokenizer,
-    load_comparison,
+    open_comparison,
     read_evaluation,
     report_sources,
 )
 from ett.experiments.folder import RECIPE_NAME
 from ett.experiments.run import resolve_model_folder
+from ett.experiments.search import SEARCH_NAME
 from ett.generate.reconstruct import reconstruct, sized
 from ett.tokenizers import VisionTokenizer
 
-REPORT_NAME, SUMMARY_NAME = "report.html", "report.json"
+REPORT_NAME, SUMMARY_NAME, TABLE_NAME, PARETO_NAME = REPORTS
 REFERENCE = "ett"
-"""The arm that the others are compared with; where none is called so, the last one."""
+"""The arm that the others are compared with, where the recipe names none; where none is called so, the last one."""
 SHOWN_PICTURES = 8
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -42,7 +46,8 @@ PROOFS = _PACKAGE / "results" if (_PACKAGE / "results").is_dir() else _PACKAGE.p
 
 
 def write_comparison_report(out: str | Path) -> Path:
-    """Write ``report.html`` and ``report.json`` into a comparison's folder, from what its finished arms left there.
+    """Write ``report.html``, ``report.json``, ``table.md`` and ``pareto.svg`` into a comparison's folder, from what its
+    finished arms left there.
 
     Returns:
         The path of ``report.html``.
@@ -51,7 +56,7 @@ def write_comparison_report(out: str | Path) -> Path:
         UserError: an arm is not finished, or a file cannot be read or written.
     """
     folder = Path(out)
-    comparison = load_comparison(folder / RECIPE_NAME)
+    comparison = open_comparison(folder)
     evaluations = {arm.key: read_evaluation(folder / arm.folder / EVALUATION_NAME) for arm in comparison.arms}
     summary = summarize_comparison(comparison, folder, evaluations)
     firsts = {name: comparison.of(name)[0] for name in comparison.names}
@@ -66,6 +71,9 @@ def write_comparison_report(out: str | Path) -> Path:
         text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(folder / SUMMARY_NAME, text + "\n")
         write_whole(folder / REPORT_NAME, render_comparison(facts))
+        write_whole(folder / TABLE_NAME, comparison_markdown(summary))
+        if drawing := pareto_svg(summary):
+            write_whole(folder / PARETO_NAME, drawing + "\n")
     except OSError as error:
         raise UserError(f"The report in {folder} cannot be written: {error.strerror or error}.") from error
     return folder / REPORT_NAME
@@ -76,7 +84,7 @@ def summarize_comparison(
 ) -> dict[str, Any]:
     """``report.json``: each arm's model and metrics, paired differences from the reference arm, recipe, versions, data."""
     names = comparison.names
-    reference = REFERENCE if REFERENCE in names else names[-1]
+    reference = str(comparison.values.get("reference") or (REFERENCE if REFERENCE in names else names[-1]))
     parts = {name: [evaluations[arm.key]["parts"] for arm in comparison.of(name)] for name in names}
     start = folder / START / EVALUATION_NAME
     first = next(iter(evaluations.values()))
@@ -89,6 +97,9 @@ def summarize_comparison(
             pair: {metric: found.to_json() for metric, found in metrics.items()}
             for pair, metrics in compare(parts, reference).items()
         },
+        "search": json.loads((folder / SEARCH_NAME).read_text(encoding="utf-8"))
+        if (folder / SEARCH_NAME).is_file()
+        else None,
         "recipe": dict(comparison.values),
         "data": first["data"],
         "versions": first["versions"],
@@ -148,7 +159,7 @@ def committed_proof(comparison: Comparison) -> dict[str, Any] | None:
 def _pictures(firsts: Mapping[str, Arm], folder: Path) -> list[ComparedPicture]:
     """A few pictures of every source, with what each arm's tokenizer makes of them."""
     recipe = next(iter(firsts.values())).recipe
-    sources = report_sources(recipe)
+    sources = [(name, source) for name, source in report_sources(recipe) if source[0].images]
     captions, originals = list[str](), list[PIL.Image.Image]()
     for i in range(SHOWN_PICTURES):
         name, source = sources[i % len(sources)]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ett.config import require
+from ett.errors import RecipeError
 from ett.tokenizers.index_backprop import index_backprop, nearest_logit
 from ett.tokenizers.softmax_statistics import SoftmaxStatistics, softmax_statistics
 from ett.types import Quantized
@@ -55,6 +56,14 @@ class Quantizer(nn.Module, ABC):
         """How sharp the index softmax is on float[B, D, h, w]; None for a quantizer without one."""
         return None
 
+    def soft(self, features: Tensor, temperature: float = 1.0) -> Tensor:
+        """float32[B, D, h, w]: the mean of all embeddings under the index softmax at `temperature`, of float[B, D, h, w].
+
+        Raises:
+            RecipeError: this quantizer has no index softmax.
+        """
+        raise RecipeError(f"{type(self).__name__} has no index softmax, so there is no soft read-out of its codes.")
+
     def lookup(self, indices: Tensor) -> Tensor:
         """float32[B, D, h, w]: the embeddings of int64[B, h, w] indices in [0, K)."""
         return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
@@ -67,6 +76,11 @@ class Quantizer(nn.Module, ABC):
             return tensor.to(moved.device) if narrowed and not moved.is_meta else moved
 
         return super()._apply(keep_precision, recurse)
+
+
+def spans_ranks(module: nn.Module) -> bool:
+    """Whether `module` trains in one of several processes: all of them then run it together, one without pictures on none."""
+    return module.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class IndexBackpropagationQuantizer(Quantizer):
@@ -157,10 +171,9 @@ class IndexBackpropagationQuantizer(Quantizer):
         """
         with torch.autocast(features.device.type, enabled=False):
             z = self._rows(features)
-            distributed = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
             # the query already carries 1 / temperature: the entropy softmax is of l / T, whatever the index softmax's is
             entropy_temperature = self.entropy_temperature / self.temperature if entropy else None
-            found = index_backprop(self._query(z), self._keys(), entropy_temperature, all_ranks=distributed)
+            found = index_backprop(self._query(z), self._keys(), entropy_temperature, all_ranks=spans_ranks(self))
             codes = slice(0, self.codebook_dim)
             values = slice(-self.codebook_dim, None) if self.unit_embeddings else codes
             hard = found.hard[:, codes]
@@ -173,7 +186,7 @@ class IndexBackpropagationQuantizer(Quantizer):
             quantization_loss = commitment + BETA * F.mse_loss(hard, z.detach())
         batch, _, height, width = features.shape
         return Quantized(
-            embeddings=embeddings.view(batch, height, width, -1).permute(0, 3, 1, 2),
+            embeddings=embeddings.view(batch, height, width, self.codebook_dim).permute(0, 3, 1, 2),
             indices=found.indices.view(batch, height, width),
             quantization_loss=quantization_loss,
             entropy_loss=found.entropy,
@@ -186,6 +199,21 @@ class IndexBackpropagationQuantizer(Quantizer):
         with torch.autocast(features.device.type, enabled=False):
             found = nearest_logit(self._query(self._rows(features)), self._keys())
         return found.view(batch, height, width)
+
+    def soft(self, features: Tensor, temperature: float = 1.0) -> Tensor:
+        """``softmax(l / temperature) @ E``, l the logits before `self.temperature`; differentiable in features and codes.
+
+        It is attention over the codebook, which need not hold the N x K weights.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            query, keys = self._query(self._rows(features)), self._keys()
+            codes = slice(0, self.codebook_dim) if not self.unit_embeddings else slice(-self.codebook_dim, None)
+            # as wide as the keys: attention's fast kernels want one width
+            values = torch.cat([keys[:, codes], keys.new_zeros(len(keys), keys.shape[1] - self.codebook_dim)], dim=1)
+            scale = self.temperature / temperature
+            found = F.scaled_dot_product_attention(query[None, None], keys[None, None], values[None, None], scale=scale)
+        batch, _, height, width = features.shape
+        return found[0, 0, :, : self.codebook_dim].view(batch, height, width, self.codebook_dim).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def softmax_statistics(self, features: Tensor) -> SoftmaxStatistics:

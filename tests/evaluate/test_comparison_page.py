@@ -255,8 +255,10 @@ def test_sections_come_in_order() -> None:
         "What was compared",
         "What came out",
         "Figures",
+        "Understanding against reconstruction",
         "Earlier figures, committed with the code: not from this run",
         "Curves",
+        "At equal time instead of equal steps",
         "Pictures through the tokenizer",
         "Answers",
         "All other figures",
@@ -447,8 +449,9 @@ def test_curves_are_means_over_seeds_at_shared_steps() -> None:
     html = render_comparison(facts(summary(all_of(BETTER), seeds=2)))
     curves = html[html.index("<h2>Curves") : html.index("<h2>Pictures")]
     assert "Caption loss less that of tuned (ett)" in curves
-    # validation, the differences, and training; four lines and four swatches each; the sum and what is not finite are not drawn
-    assert curves.count("<polyline") == 3 * 8
+    # validation, the differences, training, and validation over time; four lines and four swatches each; the sum and what is
+    # not finite are not drawn
+    assert curves.count("<polyline") == 4 * 8
 
 
 def test_many_lines_stay_apart() -> None:

@@ -412,6 +412,20 @@ def test_save(toy: Toy, examples: list[Example], tmp_path: Path) -> None:
         found.save(tmp_path / "file" / "figures.json")
 
 
+def test_what_is_asked_in_words_alone_is_measured_apart(toy: Toy, examples: list[Example]) -> None:
+    facts = evaluate(*toy, builtin_sources("concept", [SourceConfig(source="facts")]), limit=5)
+    assert facts.tasks == {"facts": ["text", "reconstruction"]}
+    assert set(facts.metrics) == {"text_loss", "text_loss_per_character"}
+    assert facts.metrics["text_loss"].num_examples == 5
+    words = [Example(e.id, [{**m, "content": [p for p in m["content"] if p["type"] == "text"]} for m in e.messages], ())
+             for e in examples]  # fmt: skip
+    assert not run(toy, examples, "text").metrics, "all of them show pictures"
+    mixed = run(toy, [*examples, *words], "text").metrics["text_loss"]
+    alone = run(toy, words, "loss").metrics["caption_loss"]
+    assert mixed.num_examples == len(words)
+    assert mixed.value == pytest.approx(alone.value, rel=1e-5)
+
+
 def test_every_task_is_named_for_its_file() -> None:
     for name, task in TASKS.items():
         assert isinstance(task, Task)

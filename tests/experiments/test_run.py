@@ -199,8 +199,8 @@ def test_signals_save_and_say_how_to_resume(
         with pytest.raises(Interrupted) as caught:
             run.train()
     assert caught.value.signal_number == number
-    assert caught.value.step == 2
-    assert [c.step for c in list_checkpoints(out / "checkpoints", "align")][-1] == 2
+    assert caught.value.step == 1, "the step under way, of two micro-batches, is given up"
+    assert [c.step for c in list_checkpoints(out / "checkpoints", "align")][-1] == 1
     assert signal.getsignal(number) is handler
     assert Run(recipe, out, resume=True).train() == out / "stages" / "3-chat"
     assert digests(out) == digests(toy_run)
@@ -211,8 +211,8 @@ def test_damaged_checkpoint_is_named(toy_recipe: dict[str, Any], tmp_path: Path)
     run = Run(recipe_from(toy_recipe), out)
     plain = loop_module.Stage.save
 
-    def save_and_die(self: Any) -> None:
-        plain(self)
+    def save_and_die(self: Any, *arguments: Any) -> None:
+        plain(self, *arguments)
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -358,7 +358,8 @@ def _shipped_recipes() -> list[tuple[str, str | None]]:
     found: list[tuple[str, str | None]] = []
     for path in sorted(SHIPPED.glob("*.yaml")):
         arms = yaml.safe_load(path.read_text(encoding="utf-8")).get("arms")
-        found += [(path.stem, arm) for arm in (arms or [None])]
+        # of the paper's scale, data and parts have to be fetched: tests/experiments/test_paper_scale.py
+        found += [(path.stem, arm) for arm in (arms or [None]) if path.stem != "qwen2_5_1_5b"]
     return found
 
 
@@ -370,8 +371,10 @@ def test_shipped_recipes_take_two_steps(name: str, arm: str | None, tmp_path: Pa
     model = given["model"]
     if model["language_model"] is not None and model["language_model"].get("path"):
         model["language_model"] = {"config": LANGUAGE_MODELS["qwen2"]}
-    if "runs/" in str(model["vision_tokenizer"].get("path")):
+    if str(model["vision_tokenizer"].get("path")).startswith(("runs/", "arm:")):
         model["vision_tokenizer"] = {"path": "reader_64px"}
+    if str(model["init"]).startswith("arm:"):
+        model["init"] = "reader_64px"
     for stage in given["stages"]:
         stage |= {"steps": 2, "batch_size": 2, "quantize_after": min(1, stage["quantize_after"])}
         stage["health"] |= {"pictures": 2}

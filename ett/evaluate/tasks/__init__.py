@@ -10,6 +10,7 @@ from ett.evaluate.tasks.loss import LossTask
 from ett.evaluate.tasks.naming import NamingTask
 from ett.evaluate.tasks.reading import ReadingTask
 from ett.evaluate.tasks.reconstruction import ReconstructionTask
+from ett.evaluate.tasks.text import TextTask
 from ett.evaluate.tasks.vqa import VqaTask
 from ett.evaluate.tasks.yes_no import YesNoTask
 
@@ -25,6 +26,7 @@ TASKS: dict[str, Task] = {
         ChoicesTask(),
         LettersTask(),
         NamingTask(),
+        TextTask(),
         ReconstructionTask(),
         DriftTask(),
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ett.data.manifest import question_and_reference
+from ett.data.sources import Source
 from ett.evaluate.base import Metric, Prediction, Selection, Subject, Task, TaskResult
 from ett.evaluate.greedy import greedy
 from ett.evaluate.metrics import character_errors, exact_match
+from ett.evaluate.references import text_only
 from ett.types import Example
 
 
@@ -21,6 +23,9 @@ class AnswersTask(Task):
 
     name: ClassVar[str] = "answers"
     needs_language_model: ClassVar[bool] = True
+
+    def suits(self, source: Source) -> bool:
+        return not text_only(source)
 
     def run(self, subject: Subject, data: Selection) -> TaskResult:
         said = greedy(subject, data, f"{data.name} {self.name}", _id_and_reference)

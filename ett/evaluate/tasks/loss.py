@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from ett.data.manifest import question_and_reference
+from ett.data.sources import Source
 from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches, first_exchange
+from ett.evaluate.references import text_only
 from ett.losses.caption import next_token_labels, supervised_columns
 from ett.types import IGNORE_INDEX, Example
 
@@ -25,6 +28,9 @@ class LossTask(Task):
     name: ClassVar[str] = "loss"
     needs_language_model: ClassVar[bool] = True
 
+    def suits(self, source: Source) -> bool:
+        return not text_only(source)
+
     def run(self, subject: Subject, data: Selection) -> TaskResult:
         losses: list[float] = []
         tokens: list[int] = []
@@ -34,7 +40,7 @@ class LossTask(Task):
             answered = [cut for cut in map(first_exchange, part) if cut is not None]
             if not answered:
                 continue
-            for loss, hit, count in _scores(subject, answered):
+            for loss, hit, count in teacher_forced(subject, answered):
                 losses.append(loss)
                 hits.append(hit)
                 tokens.append(count)
@@ -50,7 +56,7 @@ class LossTask(Task):
         )
 
 
-def _scores(subject: Subject, examples: list[Example]) -> list[tuple[float, int, int]]:
+def teacher_forced(subject: Subject, examples: Sequence[Example]) -> list[tuple[float, int, int]]:
     """For each example: (nats summed over supervised tokens, tokens predicted right, supervised tokens)."""
     processor = subject.processor
     batch = processor.collate([processor.encode(example) for example in examples]).to(subject.device)

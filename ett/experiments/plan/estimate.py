@@ -15,7 +15,7 @@ from ett.experiments.plan.skeleton import skeleton, stage_data
 from ett.experiments.plan.tracker import Part
 from ett.experiments.recipe import Recipe
 from ett.tokenizers import VisionTokenizer
-from ett.train.loop import split_batch
+from ett.train.feed import split_batch
 from ett.train.stages import StageConfig, part_of, set_trainable
 
 Sharding = Literal["ddp", "fsdp"]
@@ -107,7 +107,7 @@ def _plan_stage(recipe: Recipe, k: int, target: Target) -> StagePlan:
     if isinstance(model, VisionTokenizer):
         model.requires_grad_(True)
     else:
-        set_trainable(model, config.parts)
+        set_trainable(model, config.parts, words=config.stage != "gen")
     parameters, trainable = _numbers(model)
     gathered = 4 * _largest_unit(model)
     bf16 = recipe.precision == "bf16"
@@ -116,7 +116,6 @@ def _plan_stage(recipe: Recipe, k: int, target: Target) -> StagePlan:
     if hardware.device == "cpu":
         memory["process"] = _process_bytes(recipe, k, memory, parameters["vision_tokenizer"])
     seconds = found.flops / (ASSUMED_UTILISATION[hardware.device] * hardware.rate(recipe.precision))
-    examples, length = batch.input_ids.shape
     return StagePlan(
         name=recipe.stage_names[k],
         parameters=parameters,
@@ -126,7 +125,7 @@ def _plan_stage(recipe: Recipe, k: int, target: Target) -> StagePlan:
         flops=found.flops,
         seconds=seconds,
         hours=seconds * config.steps / 3600,
-        batch=(examples, length, len(batch.pixel_values)),
+        batch=(len(batch.ids), batch.input_ids.shape[1], len(batch.pixel_values)),
         micro_batches=split_batch(config, target.world_size)[1],
         notes=tuple(notes),
         warning=_warning(config, memory, target),

@@ -22,8 +22,9 @@ from ett.model.ett import EttForConditionalGeneration
 from ett.model.processing import Encoded, EttProcessor
 from ett.tokenizers import VisionTokenizer, index_backprop
 from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
+from ett.train.feed import StageData, split_batch
 from ett.train.log import RunLog
-from ett.train.loop import FEATURES_PER_CODE, Stage, StageData, split_batch
+from ett.train.loop import FEATURES_PER_CODE, Stage
 from ett.train.stages import StageConfig
 from ett.types import Batch
 
@@ -64,6 +65,8 @@ def rehearse(
     tokenizer = model if isinstance(model, VisionTokenizer) else model.vision_tokenizer
     tracker.attribute(tokenizer.quantize, "quantizer")
     batch = replace(batch, pixel_values=stand_ins.tensor(batch.pixel_values))
+    # compiled or not, a step does the same; what the compiler fuses away is not foreseen
+    config = replace(config, compile=False)
     data = replace(data, processor=cast(EttProcessor, _StandInProcessor(data.processor, stand_ins)))
     accumulation = split_batch(config, world_size)[1]
     with _pretended(device), stand_ins.mode, tracker:
@@ -144,8 +147,8 @@ class _StandInProcessor:
     def encode(self, *arguments: Any) -> Encoded:
         return self.processor.encode(*arguments)
 
-    def collate(self, items: Sequence[Encoded]) -> Batch:
-        batch = self.processor.collate(items)
+    def collate(self, items: Sequence[Encoded], *, packing: bool = False) -> Batch:
+        batch = self.processor.collate(items, packing=packing)
         return replace(batch, pixel_values=self.stand_ins.tensor(batch.pixel_values))
 
 

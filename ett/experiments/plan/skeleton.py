@@ -11,7 +11,7 @@ import PIL.Image
 
 from ett.data.mixture import Mixture, build_mixture
 from ett.data.sources import Source
-from ett.errors import DataError
+from ett.errors import DataError, RecipeError
 from ett.experiments.recipe import Recipe, load_recipe, read_values
 from ett.experiments.run import resolve_model_folder, validation_mixture
 from ett.model.build import build_model, build_processor, build_vision_tokenizer, start_from
@@ -20,7 +20,7 @@ from ett.model.loading import find_weights
 from ett.model.processing import Encoded, EttProcessor
 from ett.model.text import byte_tokenizer
 from ett.tokenizers import VisionTokenizer
-from ett.train.loop import StageData, encode_all, split_batch
+from ett.train.feed import StageData, encode_all, split_batch
 from ett.types import Batch, Example, Message
 
 PROBED_DRAWS = 64
@@ -31,14 +31,31 @@ IMAGINED_WORDS = 64
 def recipes_of(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]:
     """The recipe, or each arm of one that compares arms (unless `overrides` choose one).
 
+    An arm that starts from another's result is planned from what that one starts from: its shapes are the same.
+
     Raises:
         RecipeError: as `load_recipe`.
     """
     values = read_values(path, overrides)
     arms = values.get("arms")
-    if not isinstance(arms, Mapping) or "arm" in values:
+    if not isinstance(arms, Mapping):
         return [load_recipe(path, overrides)]
-    return [load_recipe(path, [*overrides, f"arm={name}"]) for name in arms]
+    common = [override for override in overrides if not override.startswith("arm=")]
+    chosen = [values["arm"]] if "arm" in values else list(arms)
+    return [_rooted(load_recipe(path, [*common, f"arm={name}"]), path, common) for name in chosen]
+
+
+def _rooted(recipe: Recipe, path: str | Path, overrides: Sequence[str]) -> Recipe:
+    """`recipe` with what the first in its chain of arms starts from in place of the arm's result."""
+    if recipe.starts_from is None:
+        return recipe
+    before = _rooted(load_recipe(path, [*overrides, f"arm={recipe.starts_from}"]), path, overrides)
+    start = before.model.init or before.model.vision_tokenizer.get("path")
+    if start is None:
+        raise RecipeError(
+            f"The arm {recipe.name!r} starts from {recipe.starts_from!r}, which starts from fresh weights: plan that one alone."
+        )
+    return recipe.started_from(str(start))
 
 
 def skeleton(recipe: Recipe, k: int) -> tuple[EttForConditionalGeneration | VisionTokenizer, EttProcessor]:
@@ -85,7 +102,8 @@ def stage_data(
     if config.cached_codes and isinstance(model, EttForConditionalGeneration):
         side = model.vision_tokenizer.downsample
         encoded, validation = ([_coded(item, side) for item in items] for items in (encoded, validation))
-    batches = [processor.collate(encoded[start : start + micro]) for start in range(0, len(encoded), micro)]
+    parts = (encoded[start : start + micro] for start in range(0, len(encoded), micro))
+    batches = [processor.collate(part, packing=config.packing) for part in parts]
     batch = max(batches, key=lambda each: (each.input_ids.numel(), each.num_supervised))
     if config.stage != "tokenizer":
         notes.append(f"sequences are as long as the longest among {len(encoded)} examples")

@@ -41,7 +41,7 @@ _ROOM = (aten.empty, aten.empty_strided, aten.randint, aten.randperm)
 class Tracker(TorchDispatchMode):
     """While active, inside the mode of `stand_ins`, operations on stand-ins are counted and those on real tensors run.
 
-    Values that a stand-in does not have are assumed: a single number is 1, a mask's positions are none.
+    Values that a stand-in does not have are assumed: a single number is 1, a mask's positions are none, two tensors are equal.
 
     Args:
         stand_ins: makes what new tensors are.
@@ -193,7 +193,12 @@ def _counts(stand_ins: StandIns, tensor: Tensor, weights: Tensor | None = None, 
     return stand_ins.tensor(torch.empty(minlength, dtype=torch.int64 if weights is None else weights.dtype))
 
 
+def _equal(_stand_ins: StandIns, *_tensors: Tensor) -> bool:
+    return True
+
+
 _ASSUMED: dict[Any, Callable[..., Any]] = {
+    aten.equal.default: _equal,
     aten._local_scalar_dense.default: _one,
     aten.nonzero.default: _no_positions,
     aten.bincount.default: _counts,
