@@ -2,10 +2,11 @@
 
     python benchmarks/quantizer.py                             # N = 2,048, K = 131,072, D = 256: about 3 minutes on 2 cores
     python benchmarks/quantizer.py --rows 512 --codes 16384
+    python benchmarks/quantizer.py --rows 8192 --device cuda   # both sides without TF32
 
 The baseline is IBQ as the paper writes it, in the same type and threads, with nothing done twice: one logits matrix,
-autograd's own softmax. Peak memory is each side's alone, in a process of its own: Linux's high-water mark, and how far above
-the memory before the step it lies (the gradient of the codebook is in it).
+autograd's own softmax. Peak memory is each side's alone, in a process of its own: Linux's high-water mark (on CUDA the
+allocator's), and how far above the memory before the step it lies (the gradient of the codebook is in it).
 """
 
 from __future__ import annotations
@@ -54,18 +55,27 @@ SIDES = {"ours": ours, "dense": dense}
 
 def inputs(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    query = torch.randn(arguments.rows, arguments.dim, requires_grad=True)
-    codebook = (torch.randn(arguments.codes, arguments.dim) * arguments.code_std).requires_grad_()
-    return query, codebook, torch.randn(arguments.rows, arguments.dim)
+    query = torch.randn(arguments.rows, arguments.dim)
+    codebook = torch.randn(arguments.codes, arguments.dim) * arguments.code_std
+    weights = torch.randn(arguments.rows, arguments.dim)
+    device = arguments.device
+    return query.to(device).requires_grad_(), codebook.to(device).requires_grad_(), weights.to(device)
 
 
 def step(side: str, query: Tensor, codebook: Tensor, weights: Tensor) -> float:
     """Seconds of one forward and backward."""
     query.grad = codebook.grad = None
+    _wait(query)
     started = time.perf_counter()
     embeddings, entropy = SIDES[side](query, codebook)
     ((embeddings * weights).sum() + entropy).backward()
+    _wait(query)
     return time.perf_counter() - started
+
+
+def _wait(query: Tensor) -> None:
+    if query.is_cuda:
+        torch.cuda.synchronize()
 
 
 def status_mib(field: str) -> float:
@@ -78,6 +88,11 @@ def status_mib(field: str) -> float:
 
 def memory_of_a_step(side: str, given: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
     """(peak of the process [MiB], of which the step added [MiB])."""
+    if given[0].is_cuda:
+        held = torch.cuda.memory_allocated()
+        step(side, *given)
+        reached = torch.cuda.max_memory_allocated()
+        return reached / 2**20, (reached - held) / 2**20
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = status_mib("VmRSS")
     step(side, *given)
@@ -92,6 +107,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256, help="D")
     parser.add_argument("--code-std", type=float, default=0.35, help="scale of the codes; features have 1")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--only", choices=sorted(SIDES), help="one step of one side, print its memory [MiB]: whole, added"
     )
@@ -101,8 +117,8 @@ def main() -> None:
         print(*memory_of_a_step(arguments.only, given))
         return
     print(
-        f"N {arguments.rows}, K {arguments.codes}, D {arguments.dim}, float32, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {platform.processor() or platform.machine()}"
+        f"N {arguments.rows}, K {arguments.codes}, D {arguments.dim}, float32, {arguments.device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.processor() or platform.machine()}"
     )
     for side in SIDES:
         step(side, *given)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ett.config import require
+from ett.tokenizers.norm_swish import norm_swish
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv1(norm_swish(self.norm1, x))
+        hidden = self.conv2(norm_swish(self.norm2, hidden))
         return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + hidden
 
 
@@ -205,7 +206,7 @@ class Encoder(nn.Module):
         x = self.conv_in(pixel_values)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(norm_swish(self.norm_out, self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -240,4 +241,4 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(features))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_swish(self.norm_out, x))

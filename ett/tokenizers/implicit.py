@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ett.tokenizers.quantizer import Quantizer
+from ett.tokenizers.quantizer import Quantizer, spans_ranks
 
 
 class ImplicitQuantizer(Quantizer):
@@ -47,7 +47,7 @@ class ImplicitQuantizer(Quantizer):
 
     @property
     def _all_ranks(self) -> bool:
-        return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return spans_ranks(self)
 
     def _rows(self, features: Tensor) -> Tensor:
         """float[B, h, w, D] in float32 (float64 stays)."""

@@ -124,7 +124,8 @@ class _IndexBackprop(torch.autograd.Function):
                 row_entropy += _entropy_of_rows(logits, maxima[chunk], temperature, usage, log_norms[chunk])
         total = torch.full((), float(n), dtype=query.dtype, device=query.device)
         if temperature is None:
-            usage = torch.bincount(indices, minlength=k).to(query.dtype)
+            # not `bincount`, which waits for an accelerator to learn how many bins there are
+            usage.index_add_(0, indices, torch.ones_like(usage[:1]).expand(n))
         if all_ranks:
             dist.all_reduce(usage)
             dist.all_reduce(total)

@@ -79,7 +79,9 @@ class Stated:
         wrong = [
             f"{key} is {value}, the tensors' shapes give {inferred[key]}"
             for key, value in self.architecture.items()
-            if value is not None and value != inferred[key]
+            # to Python true is 1
+            if value is not None
+            and (value != inferred[key] or isinstance(value, bool) != isinstance(inferred[key], bool))
         ]
         if wrong:
             raise ModelError(f"{where} does not describe these weights: {'; '.join(wrong)}.")

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import warnings
 import zipfile
 import zlib
@@ -36,6 +37,18 @@ OWN_FILES = frozenset(
 )
 """What imports and exports write: a folder with anything else in it is never replaced."""
 
+# What zipfile raises for damage: its own error where it looks for it, others where a field leads astray.
+_BAD_ARCHIVE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 # What torch.load raises for an archive whose parts are whole but whose pickle is not what it expects. Caught around it alone.
 _BAD_PICKLE = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, OSError)
 
@@ -84,7 +97,9 @@ def _check_archive(path: Path) -> None:
             raise ModelError(_no_archive(path))
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except ModelError:
+        raise
+    except _BAD_ARCHIVE as error:
         raise ModelError(f"{path} is damaged: {error}. Copy or download it again.") from error
     if damaged is not None:
         raise ModelError(f"{path} is damaged: the checksum of {damaged} does not match. Copy or download it again.")
