@@ -2,6 +2,8 @@
 #   make demo      frozen against tuned tokenizers: four arms, measured and reported (2 CPU cores, no network but the package index)
 #   make test      lint, types and the tests (under 20 minutes)
 #   make test-all  slow tests too (under 75 minutes)
+#   make bench     speed and memory against plain baselines (10 minutes on 2 cores); make bench-gpu: the same scripts on CUDA
+#   make docs      the documentation as a site, in site/; strict: a broken link ends it
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +19,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint types format bench install dev clean
+.PHONY: demo test test-all lint types format bench bench-gpu docs install dev clean
 
 demo: install
 	$(BIN)/ett demo --out $(OUT) $$(test -f $(OUT)/comparison.json && echo --resume)
@@ -39,8 +41,20 @@ format: dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: install
-	$(BIN)/python benchmarks/quantizer.py
+	$(BIN)/python benchmarks/quantizer.py --rows 1024 --codes 65536 --repeats 3
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/cached_codes.py --scales small medium --repeats 5
+	$(BIN)/python benchmarks/plan.py --cases toy quickstart tokenizer_64px
+
+bench-gpu: install
+	$(BIN)/python benchmarks/quantizer.py --device cuda --rows 8192
+	$(BIN)/python benchmarks/training_step.py --device cuda --steps 50
+	$(BIN)/python benchmarks/cached_codes.py --device cuda
+	$(BIN)/python benchmarks/plan.py --device cuda
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -57,4 +71,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache

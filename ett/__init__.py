@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _NAMES = {
+    "EttCollator": "ett.data.collate",
     "EttConfig": "ett.model",
     "EttForConditionalGeneration": "ett.model",
     "EttImageProcessor": "ett.model",
@@ -18,6 +19,7 @@ _NAMES = {
     "IBQConfig": "ett.tokenizers",
     "IBQTokenizer": "ett.tokenizers",
     "IndexBackpropagationQuantizer": "ett.tokenizers",
+    "Manifest": "ett.data.manifest",
     "VisionTokenizer": "ett.tokenizers",
     "UserError": "ett.errors",
     "answer": "ett.generate.chat",
@@ -31,6 +33,8 @@ __all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604  # names of `_NAMES`
 
 if TYPE_CHECKING:
     # ruff: noqa: F401  # what a type checker sees behind __getattr__
+    from ett.data.collate import EttCollator
+    from ett.data.manifest import Manifest
     from ett.errors import UserError
     from ett.experiments.recipe import load_recipe
     from ett.experiments.run import load_model, train_recipe

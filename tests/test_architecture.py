@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ett"
 LEVELS = [
     {"errors", "types"},
-    {"config", "files", "images", "signals"},
+    {"config", "environment", "files", "images", "signals"},
     {"tokenizers", "losses"},
     {"model"},
     {"data"},
@@ -18,7 +18,9 @@ LEVELS = [
     {"evaluate"},
     {"train"},
     {"experiments"},
-    {"serve", "cli"},
+    {"export"},
+    {"serve"},
+    {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 
 from ett import __version__
-from ett.cli import data, evaluation, preparation, tokenizers, training, use
+from ett.cli import data, drawing, evaluation, preparation, serving, sharing, tokenizers, training, use
 from ett.cli.common import Command
 from ett.errors import UserError
 
@@ -25,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-GROUPS = (training, evaluation, use, tokenizers, data, preparation)
+GROUPS = (training, evaluation, use, drawing, serving, tokenizers, data, sharing, preparation)
 """Modules of commands, in the order that the help shows them in."""
 
 
@@ -39,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return EXIT_USER_ERROR
     try:
-        return command(arguments)
+        with _silence() if arguments.quiet else nullcontext():
+            return command(arguments)
     except UserError as error:
-        print(f"ett: {error}", file=sys.stderr)
+        print(f"{_coloured('ett:')} {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:
         # the reader of our output went away: nothing left to say, and Python would complain once more at exit
@@ -50,6 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nett: stopped.", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on stderr: no progress, no lines, no warnings (a run's log.jsonl has them)."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        yield
+
+
+def _coloured(word: str) -> str:
+    """`word` in bold red where someone sees it: on a terminal, unless NO_COLOR is set (no-color.org)."""
+    plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return word if plain else f"\033[1;31m{word}\033[0m"
 
 
 def _place_late_words(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -80,6 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
             description=summary[0].upper() + summary[1:] + ".",
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument(
+            "-q", "--quiet", action="store_true", help="print results and errors alone: no progress, no warnings"
         )
         sub.set_defaults(command=command)
         return sub

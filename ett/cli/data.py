@@ -44,6 +44,17 @@ def register(add: Add) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
     sub = sub_command(
+        "fashion-mnist",
+        _fashion_mnist,
+        "write the files of Fashion-MNIST as a manifest with its ten names as choices",
+        "ett data fashion-mnist downloads/fashion data/fashion.jsonl",
+    )
+    sub.add_argument("folder", metavar="DIR", type=Path, help="holds the four files, plain or .gz")
+    sub.add_argument("out", metavar="MANIFEST.jsonl", type=Path, help="a new file")
+    sub.add_argument("--split", choices=("train", "heldout"), default="train")
+    sub.add_argument("--limit", metavar="N", type=positive, help="the first N examples alone")
+
+    sub = sub_command(
         "convert",
         _convert,
         "write a manifest as tar shards, or shards as a manifest; run again, it goes on where it was stopped",
@@ -64,6 +75,14 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--image-root", metavar="DIR", type=Path, help="a folder outside the manifest's whose pictures may be read"
     )
+
+
+def _fashion_mnist(arguments: argparse.Namespace) -> int:
+    from ett.data.fashion_mnist import write_fashion_mnist
+
+    count = write_fashion_mnist(arguments.folder, arguments.out, arguments.split, arguments.limit)
+    print(f"{count} examples in {arguments.out}")
+    return 0
 
 
 def _neither(arguments: argparse.Namespace) -> int:

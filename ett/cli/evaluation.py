@@ -15,7 +15,7 @@ def register(add: Add) -> None:
         "evaluate",
         _evaluate,
         "measure a model on built-in data or a manifest",
-        "ett evaluate runs/demo --json figures.json",
+        "ett evaluate runs/demo/ett --json figures.json",
     )
     add_model(sub)
     sub.add_argument(
@@ -32,6 +32,20 @@ def register(add: Add) -> None:
     sub.add_argument("--json", metavar="FILE", type=Path, help="write metrics and predictions")
     sub.add_argument("--markdown", metavar="FILE", type=Path, help="write a table of the metrics")
     sub.add_argument("--html", metavar="FILE", type=Path, help="write a page with metrics and answers")
+
+    sub = add(
+        "lmms-tasks",
+        _lmms_tasks,
+        "write built-in splits as tasks for lmms-eval (docs/lmms_eval.md)",
+        "ett lmms-tasks tasks/heldout --limit 100",
+    )
+    sub.add_argument("out", metavar="DIR", type=Path, help="a new folder, for lmms-eval's --include_path")
+    sub.add_argument(
+        "--recipe", help="a run's folder, a YAML file or a shipped recipe: its data, drawn as it draws them"
+    )
+    sub.add_argument("--data", metavar="NAME", nargs="+", help="names, questions, drawn_text, or a manifest's path")
+    add_source_options(sub)
+    sub.add_argument("--limit", type=positive, help="examples of each source")
 
     sub = add("report", _report, "write a run's report.html", "ett report runs/demo")
     sub.add_argument("run", metavar="RUN", type=Path, help="a folder written by ett train, ett ablate or ett demo")
@@ -89,4 +103,26 @@ def _report(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     print(write_comparison_report(arguments.run) if is_comparison(arguments.run) else write_report(arguments.run))
+    return 0
+
+
+def _lmms_tasks(arguments: argparse.Namespace) -> int:
+    from ett.evaluate.lmms.tasks import write_tasks
+    from ett.evaluate.sources import builtin_sources, named_sources
+    from ett.experiments.recipe import load_recipe
+    from ett.experiments.run import evaluation_sources, recipe_of
+
+    quiet_libraries()
+    if arguments.recipe and arguments.data:
+        raise UserError("Give --recipe for its data, or --data, not both.")
+    split = arguments.split or "heldout"
+    if arguments.recipe:
+        recipe = recipe_of(Path(arguments.recipe)) or load_recipe(arguments.recipe)
+        sources = evaluation_sources(recipe, split)
+    elif arguments.data:
+        sources = named_sources(arguments.data, arguments.split, arguments.image_root)
+    else:
+        sources = builtin_sources(split)
+    for task in write_tasks(sources, arguments.out, limit=arguments.limit):
+        print(f"{task.name}  {task.num_examples} examples of {task.source}  {task.data}")
     return 0

@@ -43,6 +43,20 @@ def register(add: Add) -> None:
     sub.add_argument("overrides", metavar="key=value", nargs="*", help="dotted override, for example seeds=[0,1,2]")
     add_comparison_options(sub)
     sub.add_argument(
+        "--search",
+        metavar="key=v1,v2",
+        action="append",
+        default=[],
+        help="choose this value for every arm on validation first; again for further keys",
+    )
+    sub.add_argument(
+        "--search-with",
+        metavar="key=value",
+        action="append",
+        default=[],
+        help="an override of the search's runs alone, for example stages.semantic.steps=200",
+    )
+    sub.add_argument(
         "--only", metavar="ARM:SEED", help="run one arm of the comparison that was started in --out, and report nothing"
     )
 
@@ -71,6 +85,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from ett.experiments.ablate import DEMO
 
     arguments.recipe, arguments.only = DEMO, None
+    arguments.search, arguments.search_with = [], []
     arguments.out = arguments.out or Path("runs") / "demo"
     return _ablate(arguments, command="demo")
 
@@ -78,6 +93,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _ablate(arguments: argparse.Namespace, command: str = "ablate") -> int:
     from ett.experiments.ablate import ablate, run_only
     from ett.experiments.run import Interrupted, report_interruption
+    from ett.experiments.search import Search
 
     quiet_libraries()
     if arguments.only:
@@ -90,6 +106,9 @@ def _ablate(arguments: argparse.Namespace, command: str = "ablate") -> int:
         return 0
     if not arguments.recipe:
         raise UserError("ett ablate needs a recipe that compares arms, for example quickstart.")
+    if arguments.search_with and not arguments.search:
+        raise UserError("--search-with says what the runs of --search have; give --search too.")
+    search = Search.from_words(arguments.search, arguments.search_with) if arguments.search else None
     out = arguments.out or Path("runs") / Path(arguments.recipe).stem
     try:
         report = ablate(
@@ -99,9 +118,12 @@ def _ablate(arguments: argparse.Namespace, command: str = "ablate") -> int:
             resume=arguments.resume,
             overwrite=arguments.overwrite,
             jobs=arguments.jobs,
+            search=search,
         )
     except Interrupted as interruption:
         words = arguments.overrides if command == "demo" else [arguments.recipe, *arguments.overrides]
+        for option, given in (("--search", arguments.search), ("--search-with", arguments.search_with)):
+            words += [word for each in given for word in (option, each)]
         report_interruption(interruption, words, out, command=command)
         return 128 + interruption.signal_number
     print(report)
