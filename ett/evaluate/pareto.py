@@ -22,7 +22,7 @@ NAMESPACE = ' xmlns="http://www.w3.org/2000/svg"'
 WIDTH, HEIGHT = 640, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 200, 34, 46
 _STYLE = (
-    ".pareto{color:#1b1f24;background:#fff}.pareto text{font:12px system-ui,sans-serif;fill:currentColor}"
+    ".pareto{color:#1b1f24;background:#fff;max-width:640px}.pareto text{font:12px system-ui,sans-serif;fill:currentColor}"
     ".pareto .m{text-anchor:middle}.pareto .e{text-anchor:end}.pareto .b{font-weight:600}"
     ".pareto path,.pareto line,.pareto circle{stroke:currentColor;fill:none}.pareto .g{opacity:.15}"
     ".pareto .i{opacity:.45}.pareto .z{stroke-dasharray:4 4;opacity:.6}.pareto .f{stroke-dasharray:2 3;opacity:.8}"
