@@ -54,7 +54,7 @@ def model_card(
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}",
         "A language model that reads the codebook embeddings of a discrete vision tokenizer, both tuned together "
         "(*End-to-End Vision Tokenizer Tuning*, [arXiv 2505.10562](https://arxiv.org/abs/2505.10562)), with "
-        f"[ett-tuning](https://pypi.org/project/ett-tuning) {__version__}.",
+        f"ett-tuning {__version__}.",
         "## Use\n\n" + _USE.strip(),
         "## Architecture\n\n" + _table(("part", "what"), _architecture(model, processor)),
     ]

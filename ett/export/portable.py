@@ -188,7 +188,7 @@ def _trains(module: str, owner: str, method: str) -> bool:
 def _head(what: str) -> str:
     return (
         f'"""{what}.\n\nWritten by ett-tuning {__version__} (Apache-2.0) from its own source, to be loaded with '
-        'trust_remote_code=True.\nChange the package, not this file: https://pypi.org/project/ett-tuning\n"""\n\n'
+        'trust_remote_code=True.\nChange the package ett-tuning, not this file.\n"""\n\n'
     )
 
 
