@@ -132,5 +132,8 @@ def test_the_plan_knows_the_real_shapes(config: dict[str, Any], tmp_path: Path) 
 def test_arms_that_start_from_arms_are_planned_from_their_root() -> None:
     (refresh,) = recipes_of("ablation", ["arm=decoder_refresh"])
     assert refresh.model.init == "reader_64px"
+    (stage,) = plan(refresh, Target("cpu-2core", HARDWARE["cpu-2core"]))
+    assert stage.peak > 0
+    assert stage.trainable["projector"] == stage.trainable["language_model"] == 0
     (fresh,) = recipes_of("transfer", ["arm=fresh_on_ett", "seed=1"])
     assert (fresh.model.vision_tokenizer["path"], fresh.seed) == ("reader_64px", 1)

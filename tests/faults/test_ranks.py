@@ -149,10 +149,10 @@ def test_text_on_one_rank_and_a_picture_on_the_other(toy_recipe: dict[str, Any],
         assert ours[:2] == theirs[:2]
         # T = 0.01 magnifies the rounding of an update, and a rank's entropy term weighs as its share of the pictures does
         for name, far in {
-            "loss": 1e-3,
+            "loss": 3e-4,
             "caption_loss": 1e-4,
             "reconstruction_loss": 2e-3,
-            "entropy_loss": 2e-2,
+            "entropy_loss": 1e-2,
         }.items():
             if name in ours[2]:
                 assert ours[2][name] == pytest.approx(theirs[2][name], rel=far), (ours[:2], name)
