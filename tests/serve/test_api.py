@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -370,8 +372,23 @@ def test_more_requests_than_allowed_come_back_later(served: Served) -> None:
         assert refused.json()["error"]["type"] == "rate_limit_error"
 
 
+@contextlib.contextmanager
+def slow_model(served: Served, seconds: float = 0.02) -> Iterator[None]:
+    """A model that takes this long for each token at least, however fast the machine."""
+    assert served.model is not None
+    hook = served.model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def test_nobody_waits_for_ever(served: Served) -> None:
-    with served_at(served, Limits(seconds=1)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    with (
+        slow_model(served),
+        served_at(served, Limits(seconds=1)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
         long: dict[str, Any] = {**chat(max_tokens=1000), "temperature": 2.0, "seed": 1}
         started = time.monotonic()
         with pytest.raises(openai.InternalServerError, match="No answer within 1 seconds"):
@@ -394,7 +411,7 @@ def leave_after_a_moment(url: str, body: dict[str, Any], path: str = "/v1/chat/c
 
 
 def test_clients_that_leave_do_not_keep_the_model(served: Served) -> None:
-    with served_at(served) as url:
+    with slow_model(served), served_at(served) as url:
         for stream in (False, True):
             leave_after_a_moment(url, {**chat(max_tokens=1000), "temperature": 2.0, "seed": 1, "stream": stream})
         deadline = time.monotonic() + 30
