@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from ett.cli import main
 from ett.config import from_mapping
 from ett.experiments.recipe import Recipe
 from ett.experiments.run import Run
@@ -27,6 +28,7 @@ from ett.train import loop
 
 logging.disable_progress_bar()
 
+CommandLine = Callable[..., tuple[int, str, str]]
 TOKENIZER = {
     "channels": 16,
     "channel_multipliers": [1, 2, 2],
@@ -72,6 +74,19 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """The command line in this process: its words in; exit code, standard output and standard error out."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
 
 
 @pytest.fixture

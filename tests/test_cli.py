@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,7 @@ from safetensors.torch import load_file, save_file
 from ett.cli import build_parser, main
 from ett.images import load_image
 from ett.train.log import read_log
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+from tests.conftest import CommandLine
 
 
 @pytest.fixture
@@ -81,7 +68,7 @@ def test_help_is_immediate() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
-def test_a_model_from_training_to_answers(trained: Path, pictures: Path, run: Run, tmp_path: Path) -> None:
+def test_a_model_from_training_to_answers(trained: Path, pictures: Path, run: CommandLine, tmp_path: Path) -> None:
     odd = tmp_path / "odd.tif"
     PIL.Image.fromarray(np.full((7, 300, 4), 90, dtype=np.uint8), mode="CMYK").save(odd)
     code, out, _ = run("chat", trained, odd, "--max-new-tokens", 4, "What is this?")
@@ -115,7 +102,9 @@ def test_a_model_from_training_to_answers(trained: Path, pictures: Path, run: Ru
     assert Path(out.strip()).read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_bad_input_ends_in_one_message(trained: Path, recipe: Path, pictures: Path, run: Run, tmp_path: Path) -> None:
+def test_bad_input_ends_in_one_message(
+    trained: Path, recipe: Path, pictures: Path, run: CommandLine, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes((pictures / "0.png").read_bytes()[:60])
     (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")

@@ -7,7 +7,6 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,7 @@ from ett.cli import main
 from ett.environment import PACKAGES, describe
 from ett.errors import UserError
 from ett.export.hub import push_folder
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+from tests.conftest import CommandLine
 
 
 class Terminal(io.StringIO):
@@ -38,7 +25,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_errors_are_red_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+def test_errors_are_red_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, run: CommandLine) -> None:
     wrong, message = ["train", "nowhere.yaml"], "There is no recipe"
 
     def on_a_terminal(**environment: str) -> str:
@@ -63,7 +50,7 @@ def test_help_takes_less_than_a_second() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
-def test_quiet_leaves_results_and_errors(toy_run: Path, tmp_path: Path, run: Run) -> None:
+def test_quiet_leaves_results_and_errors(toy_run: Path, tmp_path: Path, run: CommandLine) -> None:
     """In a pipe there is no progress bar; with --quiet there is nothing but the result."""
     recipe = toy_run / "recipe.yaml"
     only = ["stages=[{stage: align, steps: 2, batch_size: 2, log_every: 1}]", f"model.init={toy_run}"]
@@ -80,7 +67,7 @@ def test_quiet_leaves_results_and_errors(toy_run: Path, tmp_path: Path, run: Run
     assert err.startswith("ett: There is no recipe")
 
 
-def test_results_as_json(toy_run: Path, tmp_path: Path, run: Run) -> None:
+def test_results_as_json(toy_run: Path, tmp_path: Path, run: CommandLine) -> None:
     picture = toy_run.parent / "pictures" / "3.png"
     code, out, _ = run("chat", toy_run, picture, "Which?", "--json", "--max-new-tokens", 3)
     assert code == 0
@@ -91,7 +78,7 @@ def test_results_as_json(toy_run: Path, tmp_path: Path, run: Run) -> None:
     assert found["psnr"] > 0
 
 
-def test_the_environment_is_told_without_names(run: Run) -> None:
+def test_the_environment_is_told_without_names(run: CommandLine) -> None:
     code, out, _ = run("env", "--json")
     found = json.loads(out)
     assert code == 0
@@ -105,7 +92,7 @@ def test_the_environment_is_told_without_names(run: Run) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
-def test_completion_knows_the_commands(shell: str, run: Run) -> None:
+def test_completion_knows_the_commands(shell: str, run: CommandLine) -> None:
     pytest.importorskip("shtab", reason="shell completion needs shtab: pip install 'ett-tuning[completion]'")
     code, out, _ = run("completion", shell)
     assert code == 0
@@ -116,7 +103,7 @@ def test_completion_knows_the_commands(shell: str, run: Run) -> None:
         assert checked.returncode == 0, checked.stderr
 
 
-def test_export_writes_a_folder_or_says_why_not(toy_run: Path, tmp_path: Path, run: Run) -> None:
+def test_export_writes_a_folder_or_says_why_not(toy_run: Path, tmp_path: Path, run: CommandLine) -> None:
     code, out, _ = run("export", toy_run, tmp_path / "out", "--license", "mit")
     assert (code, out.strip()) == (0, str(tmp_path / "out"))
     assert {"README.md", "modeling_ett.py", "processing_ett.py", "model.safetensors"} <= {

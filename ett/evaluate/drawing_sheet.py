@@ -55,9 +55,8 @@ def compare_drawings(found: Judged, processor: EttProcessor, network: Lite0Featu
     mean = features.mean(dim=0)
     nearest = normalize(pooled_features(network, shown) - mean, dim=1) @ normalize(features - mean, dim=1).T
     compared = []
-    for drawn, position, prompt, index in zip(
-        shown, found.wanted, found.prompts, nearest.argmax(dim=1).tolist(), strict=False
-    ):
+    wanted, prompts = found.wanted[: len(shown)], found.prompts[: len(shown)]
+    for drawn, position, prompt, index in zip(shown, wanted, prompts, nearest.argmax(dim=1).tolist(), strict=True):
         facts = train.facts(index)
         pictures = [drawn, _pixels(real, position, processor), _pixels(train, index, processor)]
         images = [from_array(picture.numpy()) for picture in pictures]
