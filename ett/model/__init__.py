@@ -1,6 +1,9 @@
 """The model as transformers knows it. Importing this package registers it with the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+# where it is defined: from transformers' front door it needs torchvision before 5.18 or so, which registering does not
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ett.model.configuration import EttConfig
 from ett.model.ett import EttForConditionalGeneration, EttOutput

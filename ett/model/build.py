@@ -42,7 +42,8 @@ class LanguageModelSpec:
     Attributes:
         path: a folder, a hub id, or "smollm2" (SmolLM2-135M-Instruct from its Python package); or
         config: a configuration with ``model_type``, for a model with fresh weights.
-        text_tokenizer: a folder or hub id, or "bytes"; null takes the one beside the language model, "bytes" for a config.
+        text_tokenizer: a folder or hub id, "bytes" or "names" (words of the built-in names); null takes the one beside the
+            language model, "bytes" for a config.
     """
 
     path: str | None = None

@@ -19,7 +19,7 @@ from ett.model.ett import EttForConditionalGeneration
 from ett.model.processing import EttProcessor
 from ett.model.smollm2 import NAME as SMOLLM2
 from ett.model.smollm2 import prepare_smollm2
-from ett.model.text import byte_tokenizer
+from ett.model.text import OWN_TEXT_TOKENIZERS
 from ett.tokenizers import VisionTokenizer
 from ett.tokenizers.base import CONFIG_NAME, channels_last
 
@@ -143,13 +143,13 @@ def load_language_config(path: str) -> PreTrainedConfig:
 
 
 def load_text_tokenizer(name: str) -> TextTokenizer:
-    """The text tokenizer at a folder, hub id, "smollm2" or "bytes".
+    """The text tokenizer at a folder, hub id, "smollm2", or one of this package's own: "bytes", "names".
 
     Raises:
         ModelError: there is none.
     """
-    if name == "bytes":
-        return byte_tokenizer()
+    if name in OWN_TEXT_TOKENIZERS:
+        return OWN_TEXT_TOKENIZERS[name]()
     tokenizer: TextTokenizer = _guarded(
         f"The text tokenizer {name!r}", lambda: AutoTokenizer.from_pretrained(language_model_folder(name))
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ett.errors import DataError, ModelError
+from ett.model.loading import load_text_tokenizer
 from ett.model.processing import EttImageProcessor, EttProcessor
 from ett.model.text import IMAGE_TOKEN, byte_tokenizer
 from ett.types import Example
@@ -99,3 +100,13 @@ def test_a_chat_template_given_to_a_call_is_used_for_it() -> None:
     assert processor.apply_chat_template(turns) == "What?\n"
     assert processor.apply_chat_template(turns, chat_template=CHATML) == "<|im_start|>user\nWhat?<|im_end|>\n"
     assert processor.apply_chat_template(turns) == "What?\n"
+
+
+def test_names_are_words() -> None:
+    tokenizer = load_text_tokenizer("names")
+    assert len(tokenizer.tokenize("Red Apple, noto")) == 4
+    # a word that no name has, in no alphabet of the names', is spelled and comes back
+    for words in ("red apple, noto", "zyzzyva", "яблоко", "a\nb"):
+        assert tokenizer.decode(tokenizer(words)["input_ids"]).strip() == words
+    ids = [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)]
+    assert ids == [2560, 2561, 2562]
