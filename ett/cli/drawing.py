@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,10 +15,12 @@ from ett.cli.common import Add, Command, add_model, positive, quiet_libraries
 from ett.errors import ModelError, UserError
 
 if TYPE_CHECKING:
+    from ett.evaluate.base import Metric
     from ett.model import EttForConditionalGeneration, EttProcessor
     from ett.model.image_sampling import ImageSampling
 
 KINDS = ("geneval", "dpg", "t2i-compbench")
+JUDGES = ("names", "words", "scenes")
 
 
 def register(add: Add) -> None:
@@ -59,19 +61,44 @@ def register(add: Add) -> None:
         commands,
         "judge",
         _judge,
-        "draw what built-in pictures are called, and have the drawings judged offline",
+        "draw built-in pictures, words and scenes from their names, and have the drawings judged offline",
         "ett t2i judge runs/draw_64px --split pair --json figures.json",
     )
     add_model(sub)
-    sub.add_argument("--split", default="validation", help="of the built-in pictures (default: %(default)s)")
+    sub.add_argument(
+        "--judges",
+        metavar="JUDGE",
+        nargs="+",
+        choices=JUDGES,
+        default=JUDGES,
+        help=f"some of {', '.join(JUDGES)} (default: all that are installed)",
+    )
+    sub.add_argument(
+        "--split",
+        default="validation",
+        help="of the built-in pictures; of words and scenes validation, or with any other the held-out ones "
+        "(default: %(default)s)",
+    )
     sub.add_argument("--prompt", default="{answer}, {style}", help="made of a picture's facts (default: %(default)s)")
-    sub.add_argument("--limit", metavar="N", type=positive, help="pictures asked for (default: all)")
+    sub.add_argument(
+        "--limit", metavar="N", type=positive, help="pictures of each judge (default: all names, 128 words, 240 scenes)"
+    )
     sub.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
     sub.add_argument(
         "--sheet", metavar="FILE.png", type=Path, help="write the first drawings beside their nearest training pictures"
     )
     sub.add_argument("--shown", metavar="N", type=positive, default=20, help="drawings on the sheet (default: 20)")
     _add_sampling(sub, rewrites=False)
+    sub = _sub_command(
+        commands,
+        "scenes",
+        _scenes,
+        "write prompts of scenes of shapes in GenEval's format, or judge the folder that `ett t2i geneval` drew from them",
+        "ett t2i scenes scenes.jsonl --split heldout",
+    )
+    sub.add_argument("path", metavar="FILE|DIR", type=Path, help="a new file for prompts, or a folder of drawings")
+    sub.add_argument("--split", default="heldout", help="train, validation or heldout (default: %(default)s)")
+    sub.add_argument("--num", metavar="N", type=positive, default=120, help="different prompts (default: %(default)s)")
     sub = _sub_command(
         commands,
         "check",
@@ -203,43 +230,62 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 def _judge(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ett.evaluate.drawing_judges import judge_drawings
+    from ett.evaluate.drawing_report import DrawingsConfig, judge_all
     from ett.evaluate.drawing_sheet import compare_drawings, write_sheet
     from ett.evaluate.run import save_text
     from ett.losses.perceptual import load_lite0
 
     quiet_libraries()
     sampling = _sampling(arguments)
+    if arguments.sheet and "names" not in arguments.judges:
+        raise UserError("--sheet shows drawings of names: leave --judges out, or name that judge too.")
+    judges = tuple(arguments.judges)
+    try:
+        config = DrawingsConfig(judges, arguments.split, arguments.limit, arguments.prompt, arguments.seed, sampling)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     checkpoint, model, processor = _load(arguments.model)
-    network = load_lite0().to(model.vision_tokenizer.encoder_output.device)
     with tqdm(desc="draw", unit="token", disable=None, dynamic_ncols=True) as bar:
-        found = judge_drawings(
-            model,
-            processor,
-            network,
-            arguments.split,
-            prompt=arguments.prompt,
-            limit=arguments.limit,
-            seed=arguments.seed,
-            sampling=sampling,
-            batch_size=arguments.batch_size,
-            on_token=bar.update,
-        )
-    print(f"{found.gallery} real pictures of split {found.split!r} are searched, with {found.names} names.")
-    width = max(map(len, found.rows))
-    for name in next(iter(found.rows.values())):
-        by_chance = f"  (chance {found.chance[name]:.4f})" if name in found.chance else ""
-        print(f"{name}{by_chance}")
-        for who, row in found.rows.items():
-            metric = row[name]
-            interval = f"  [{metric.interval[0]:.4f}, {metric.interval[1]:.4f}]" if metric.interval else ""
-            print(f"  {who:<{width}}  {metric.value:.4f}{interval}  n={metric.num_examples}")
+        found = judge_all(model, processor, config, batch_size=arguments.batch_size, on_token=bar.update)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    if found.names is not None:
+        gallery, names = found.names.gallery, found.names.names
+        print(f"{gallery} real pictures of split {arguments.split!r} are searched, with {names} names.")
+        _print_rows(found.names.rows, found.names.chance)
+    for each in found.sets:
+        print(f"{each.judge}, split {each.split!r}")
+        _print_rows(each.rows, each.chance)
     if arguments.json:
         settings = {"checkpoint_sha256": checkpoint, "prompt": arguments.prompt, "sampling": asdict(sampling)}
         content = {**settings, "seed": arguments.seed, **found.to_json()}
         save_text(arguments.json, json.dumps(content, indent=2) + "\n")
-    if arguments.sheet:
-        write_sheet(compare_drawings(found, processor, network, arguments.shown), arguments.sheet)
+    if arguments.sheet and found.names is not None:
+        network = load_lite0().to(model.vision_tokenizer.encoder_output.device)
+        write_sheet(compare_drawings(found.names, processor, network, arguments.shown), arguments.sheet)
+    return 0
+
+
+def _print_rows(rows: Mapping[str, Mapping[str, Metric]], chance: Mapping[str, float]) -> None:
+    """Each metric with a line for each row, calibration among them."""
+    width = max(map(len, rows))
+    for name in next(iter(rows.values())):
+        by_chance = f"  (chance {chance[name]:.4f})" if name in chance else ""
+        print(f"{name}{by_chance}")
+        for who, row in rows.items():
+            metric = row[name]
+            interval = f"  [{metric.interval[0]:.4f}, {metric.interval[1]:.4f}]" if metric.interval else ""
+            print(f"  {who:<{width}}  {metric.value:.4f}{interval}  n={metric.num_examples}")
+
+
+def _scenes(arguments: argparse.Namespace) -> int:
+    from ett.evaluate.drawing_scenes import judge_scene_folder, write_prompts
+
+    if arguments.path.is_dir():
+        _print_rows({"drawn": judge_scene_folder(arguments.path)}, {})
+    else:
+        written = write_prompts(arguments.path, arguments.split, arguments.num)
+        print(f"{arguments.path}: {written} prompts of split {arguments.split!r}")
     return 0
 
 

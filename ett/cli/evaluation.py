@@ -43,7 +43,9 @@ def register(add: Add) -> None:
     sub.add_argument(
         "--recipe", help="a run's folder, a YAML file or a shipped recipe: its data, drawn as it draws them"
     )
-    sub.add_argument("--data", metavar="NAME", nargs="+", help="names, questions, drawn_text, or a manifest's path")
+    sub.add_argument(
+        "--data", metavar="NAME", nargs="+", help="names, questions, drawn_text, drawn_scenes, or a manifest's path"
+    )
     add_source_options(sub)
     sub.add_argument("--limit", type=positive, help="examples of each source")
 

@@ -21,7 +21,7 @@ def register(add: Add) -> None:
         "--hardware", metavar="NAME", default="cpu-2core", help="default: %(default)s; docs/plan.md lists them"
     )
     sub.add_argument("--world-size", metavar="N", type=positive, default=1, help="devices, one process each")
-    sub.add_argument("--sharding", choices=["ddp", "fsdp"], default="ddp", help="default: %(default)s")
+    sub.add_argument("--sharding", choices=["ddp", "fsdp"], help="default: the recipe's")
     sub.add_argument("--device-memory", metavar="SIZE", help="of one device, such as 24GiB (default: the hardware's)")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
@@ -35,8 +35,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     memory = parse_memory(arguments.device_memory) if arguments.device_memory else None
     hardware = find_hardware(arguments.hardware)
-    target = Target(arguments.hardware, hardware, arguments.world_size, arguments.sharding, memory)
     for i, recipe in enumerate(recipes_of(arguments.recipe, arguments.overrides)):
+        sharding = arguments.sharding or recipe.sharding
+        target = Target(arguments.hardware, hardware, arguments.world_size, sharding, memory)
         stages = plan(recipe, target)
         if arguments.json:
             print_json(as_values(recipe.name, stages, target))

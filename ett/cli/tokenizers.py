@@ -23,7 +23,7 @@ def register(add: Add) -> None:
     sub.add_argument(
         "--data",
         metavar="NAMES|MANIFEST",
-        help="names, questions, drawn_text, manifests (docs/data.md), comma-separated (default: names,drawn_text)",
+        help="names, questions, drawn_text, drawn_scenes, manifests (docs/data.md), by commas (default: names,drawn_text)",
     )
     add_source_options(sub)
     sub.add_argument("--limit", type=positive, help="examples of each source (default: 400; of a manifest, all)")

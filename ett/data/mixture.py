@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from ett.config import require
 from ett.data.artwork import ArtworkFacts, ArtworkNames, ArtworkQuestions
 from ett.data.drawing import PROMPT, Drawings, without_prompt
+from ett.data.drawn_scenes import DrawnScenes
 from ett.data.drawn_text import DrawnText
 from ett.data.entries import Lines, Samples
 from ett.data.entry_source import EntrySource, shard_paths
@@ -35,7 +36,7 @@ GOLDEN_RATIO = 0.6180339887498949
 STAND_INS = 100
 """Examples that are tried in place of one that cannot be used, before the source is taken to be beyond use."""
 
-SourceName = Literal["names", "questions", "facts", "drawn_text", "manifest", "shards", "table"]
+SourceName = Literal["names", "questions", "facts", "drawn_text", "drawn_scenes", "manifest", "shards", "table"]
 STORED = ("manifest", "shards", "table")
 """Sources that lie somewhere; they have no splits of their own."""
 
@@ -46,7 +47,8 @@ class SourceConfig:
 
     Attributes:
         source: "names" and "questions" (built-in artwork), "facts" (questions about its names, without pictures), "drawn_text"
-            (built-in), "manifest" (a JSONL file), "shards" (WebDataset tars), "table" (Parquet and others, or a hub data set).
+            and "drawn_scenes" (built-in), "manifest" (a JSONL file), "shards" (WebDataset tars), "table" (Parquet and others,
+            or a hub data set).
         weight: share relative to the other sources', > 0.
         split: of a built-in source or a hub data set.
         path: of the manifest, of one tar, of a folder of tars or a pattern (``shards/train-*.tar``); relative to the working
@@ -62,7 +64,7 @@ class SourceConfig:
         asked: share of a built-in source's examples, in [0, 1], that keep their question; of the others the picture alone
             stands before the answer, as before a caption.
         size: side of drawn pictures [pixels].
-        seed: of drawn text.
+        seed: of drawn text and scenes.
         draws: the picture is the answer, to what `prompt` says of it: for the stages "gen" and "joint".
         prompt: what is asked for; ``{answer}`` stands for the answer that the source gives, other names in braces for its
             metadata (of names: ``{style}``, ``{group}`` ...).
@@ -134,6 +136,8 @@ class SourceConfig:
                 lines=self.lines,
                 seed=self.seed,
             )
+        elif self.source == "drawn_scenes":
+            source = DrawnScenes(split, size=self.size, seed=self.seed)
         else:
             artwork = {"names": ArtworkNames, "questions": ArtworkQuestions, "facts": ArtworkFacts}
             source = artwork[self.source](split)

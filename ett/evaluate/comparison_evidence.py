@@ -157,6 +157,18 @@ def pictures(shown: Sequence[ComparedPicture], reference: str) -> str:
     return note + ".</p>" + "".join(_row(*each, reference, factor) for each in zip(shown, changes, strict=True))
 
 
+def drawings(shown: Sequence[ComparedPicture], reference: str) -> str:
+    """What every arm that can draw made of each prompt, beside the real picture."""
+    if not shown:
+        return ""
+    note = (
+        "<p>Prompts of the judges, spread over their data, each drawn once with the same seed; nothing is picked. The "
+    )
+    return f"{note}original is the real picture of the prompt.</p>" + "".join(
+        _row(each, None, reference, 1) for each in shown
+    )
+
+
 def _row(picture: ComparedPicture, change: npt.NDArray[np.int16] | None, reference: str, factor: int) -> str:
     cells: list[tuple[list[str], PIL.Image.Image]] = [(["original"], picture.original)]
     for label in sorted(picture.reconstructions, key=lambda label: (label != START, label != reference)):

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ett.evaluate.charts import Point
-from ett.evaluate.comparison_evidence import ComparedPicture, Events, Predictions, curves, pictures, samples
+from ett.evaluate.comparison_evidence import ComparedPicture, Events, Predictions, curves, drawings, pictures, samples
 from ett.evaluate.comparison_figures import (
     Summary,
     arms_table,
@@ -66,6 +66,7 @@ class ComparisonFacts:
         predictions: arm -> answers (id, prediction, reference) of the first seed, the same examples in all arms.
         pictures: originals, and reconstructions by label: "start" first, then the arms.
         proof: the summary of a committed, longer comparison with several seeds, or None.
+        drawings: prompts as captions, their real pictures, and under "reconstructions" what each arm of them drew.
     """
 
     summary: Mapping[str, Any]
@@ -73,6 +74,7 @@ class ComparisonFacts:
     predictions: Predictions
     pictures: Sequence[ComparedPicture]
     proof: Mapping[str, Any] | None
+    drawings: Sequence[ComparedPicture] = ()
 
 
 def render_comparison(facts: ComparisonFacts) -> str:
@@ -91,6 +93,7 @@ def render_comparison(facts: ComparisonFacts) -> str:
         ("At equal time instead of equal steps", equal_time_section(_times(facts))),
         ("Settings searched on validation data", _search(summary)),
         ("Pictures through the tokenizer", pictures(facts.pictures, reference)),
+        ("What was drawn", drawings(facts.drawings, reference)),
         (
             "Answers",
             samples(facts.predictions, reference, baseline, "first seed" if len(seeds_of(summary)) > 1 else ""),

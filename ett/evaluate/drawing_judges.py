@@ -20,6 +20,7 @@ from ett.data.artwork import ArtworkNames
 from ett.data.drawing import prompt_of
 from ett.errors import DataError
 from ett.evaluate.base import Metric, spread
+from ett.evaluate.drawing_rows import fitted, reconstructed
 from ett.evaluate.frechet import Moments, frechet_distance, pooled_features
 from ett.evaluate.kernel_distance import kernel_distance
 from ett.generate.draw import Request, draw
@@ -99,7 +100,7 @@ def judge_drawings(
     wanted = spread(len(real), min(limit or len(real), len(real)))
     if len(wanted) < 2:
         raise DataError("The judges compare sets of pictures: ask for two at least.")
-    pixels = [_pixels(processor, example) for example in real]
+    pixels = [fitted(processor, example) for example in real]
     names = [str(example.metadata["name"]) for example in real]
     features = pooled_features(network, pixels)
     search = NameSearch(features, names)
@@ -110,13 +111,13 @@ def judge_drawings(
     drawn = draw(model, processor, requests, sampling, batch_size=batch_size, on_token=on_token)
     found: dict[str, tuple[list[Tensor], list[str]]] = {}
     found["drawn"] = ([torch.from_numpy(to_array(picture.image)) for picture in drawn], asked_names)
-    found["reconstructed"] = (_reconstructed(model, [pixels[index] for index in wanted], batch_size), asked_names)
+    found["reconstructed"] = (reconstructed(model, [pixels[index] for index in wanted], batch_size), asked_names)
     others = _other_styles([real[index] for index in wanted])
     if len(others) > 1:
-        shown = [_pixels(processor, example) for example in others]
+        shown = [fitted(processor, example) for example in others]
         called = [str(example.metadata["name"]) for example in others]
         found["other style"] = (shown, called)
-        found["other style, reconstructed"] = (_reconstructed(model, shown, batch_size), called)
+        found["other style, reconstructed"] = (reconstructed(model, shown, batch_size), called)
     rows = {}
     for who, (pictures, called) in found.items():
         seen = pooled_features(network, pictures)
@@ -190,18 +191,6 @@ def _other_styles(examples: Sequence[Example]) -> list[Example]:
     for index in range(len(train)):
         places.setdefault(str(train.facts(index)["name"]), index)
     return [train[places[name]] for each in examples if (name := str(each.metadata["name"])) in places]
-
-
-def _pixels(processor: EttProcessor, example: Example) -> Tensor:
-    return torch.from_numpy(processor.image_processor.fit(example.images[0])[0])
-
-
-@torch.no_grad()
-def _reconstructed(model: EttForConditionalGeneration, pixels: Sequence[Tensor], batch_size: int) -> list[Tensor]:
-    tokenizer = model.vision_tokenizer
-    device = tokenizer.encoder_output.device
-    parts = torch.stack(list(pixels)).split(batch_size)
-    return [each for part in parts for each in tokenizer.detokenize(tokenizer.tokenize(part.to(device))).cpu()]
 
 
 def _moments(features: Tensor) -> Moments:

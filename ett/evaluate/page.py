@@ -43,6 +43,27 @@ DESCRIPTIONS: dict[str, tuple[str, str, str]] = {
     "caption_cider_d": ("CIDEr-D", "of 10", HIGHER),
     "caption_rouge_l": ("ROUGE-L", "", HIGHER),
     "caption_bleu_4": ("BLEU-4", "", HIGHER),
+    "drawn_scenes_right": ("Scenes drawn right", "share", HIGHER),
+    "drawn_top1": ("Drawings found by name, first", "share", HIGHER),
+    "drawn_top5": ("Drawings found by name, among five", "share", HIGHER),
+    "drawn_choice": ("Drawings told by name among ten", "share", HIGHER),
+    "drawn_frechet_distance": ("EfficientNet-Lite0 Fréchet distance of drawings", "", LOWER),
+    "drawn_kernel_distance": ("EfficientNet-Lite0 kernel distance of drawings", "", LOWER),
+    "drawn_words_read": ("Drawn words read", "OCR, share", HIGHER),
+    "drawn_reading_errors": ("Reading errors in drawn words", "OCR, edits per character", LOWER),
+    **{
+        f"drawn_{name}_of_reconstructions": (f"{title}: the pictures asked for, reconstructed", unit, "")
+        for name, title, unit in (
+            ("scenes_right", "Scenes right", "share"),
+            ("top1", "Found by name, first", "share"),
+            ("top5", "Found by name, among five", "share"),
+            ("choice", "Told by name among ten", "share"),
+            ("frechet_distance", "EfficientNet-Lite0 Fréchet distance", ""),
+            ("kernel_distance", "EfficientNet-Lite0 kernel distance", ""),
+            ("words_read", "Words read", "OCR, share"),
+            ("reading_errors", "Reading errors", "OCR, edits per character"),
+        )
+    },
     "psnr": ("PSNR", "dB", HIGHER),
     "ssim": ("SSIM", "", HIGHER),
     "l1": ("Mean absolute difference", "of 2", LOWER),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ett.data.artwork import HELD_OUT_SPLITS as ARTWORK_HELD_OUT
 from ett.data.artwork import SPLITS as ARTWORK_SPLITS
+from ett.data.drawn_scenes import SPLITS as SCENE_SPLITS
 from ett.data.drawn_text import SPLITS as TEXT_SPLITS
 from ett.data.manifest import Manifest
 from ett.data.mixture import STORED, SourceConfig
@@ -20,13 +21,20 @@ HELD_OUT = "heldout"
 BUILTIN = (SourceConfig(source="names"), SourceConfig(source="questions"), SourceConfig(source="drawn_text"))
 """Evaluated where nothing else is said."""
 
+NAMED = (*BUILTIN, SourceConfig(source="drawn_scenes"))
+"""Evaluated where they are named."""
+
 _TEXT_HELD_OUT = tuple(split for split in TEXT_SPLITS if split not in ("train", "validation"))
+_SCENES_HELD_OUT = tuple(split for split in SCENE_SPLITS if split not in ("train", "validation"))
+
+_SPLITS = {"drawn_text": (TEXT_SPLITS, _TEXT_HELD_OUT), "drawn_scenes": (SCENE_SPLITS, _SCENES_HELD_OUT)}
+"""All splits, and the held-out ones, of sources that are no artwork."""
 
 NamedSources = list[tuple[str, Source]]
 
 
 def builtin_sources(split: str = "validation", configs: Sequence[SourceConfig] = BUILTIN) -> NamedSources:
-    """The built-in sources among `configs` that have `split`: "names", "questions", "drawn_text".
+    """The built-in sources among `configs` that have `split`: "names", "questions", "drawn_text", "drawn_scenes".
 
     "heldout" gives every held-out split of each, named "names.pair", "drawn_text.font" and so on.
 
@@ -44,11 +52,10 @@ def builtin_sources(split: str = "validation", configs: Sequence[SourceConfig] =
         raise DataError(unknown("split of the built-in data", split, allowed))
     found: NamedSources = []
     for name, config in _named([config for config in configs if config.source not in STORED] or BUILTIN):
-        is_text = config.source == "drawn_text"
+        splits, held_out = _SPLITS.get(config.source, (ARTWORK_SPLITS, ARTWORK_HELD_OUT))
         if split == HELD_OUT:
-            held_out = _TEXT_HELD_OUT if is_text else ARTWORK_HELD_OUT
             found += [(f"{name}.{each}", config.with_split(each)) for each in held_out]
-        elif split in (TEXT_SPLITS if is_text else ARTWORK_SPLITS):
+        elif split in splits:
             found.append((name, config.with_split(split)))
     if not found:
         raise DataError(f"None of the sources has a split {split!r}. Take validation or {HELD_OUT}.")
@@ -67,7 +74,7 @@ def _named(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConfig]]:
 
 
 def named_sources(given: Sequence[str], split: str | None = None, image_root: str | Path | None = None) -> NamedSources:
-    """Sources by name: "names", "questions", "drawn_text", or a manifest's path.
+    """Sources by name: "names", "questions", "drawn_text", "drawn_scenes", or a manifest's path.
 
     Args:
         given: names and paths; none stands for "names" and "drawn_text" ("questions" shows the pictures of "names" again).
@@ -78,7 +85,7 @@ def named_sources(given: Sequence[str], split: str | None = None, image_root: st
         DataError: an unknown name or split, a split for manifests alone, two sources of one name, or a manifest that cannot be
             used.
     """
-    builtin: dict[str, SourceConfig] = {config.source: config for config in BUILTIN}
+    builtin: dict[str, SourceConfig] = {config.source: config for config in NAMED}
     names = [name for name in given if name in builtin] if given else ["names", "drawn_text"]
     if split is not None and not names:
         raise DataError("A manifest has no splits: leave the split out, or name built-in data too.")

@@ -34,6 +34,18 @@ MAIN_MEASURES: dict[str, tuple[str, str]] = {
         "rank of the right name",
         "place of the picture's name among other names, ordered by likelihood; 1 is best",
     ),
+    "drawn_scenes.drawn_scenes_right": (
+        "scenes drawn right",
+        "share of drawings in which shapes, counts, colours and places are what the prompt asks for",
+    ),
+    "names.drawn_choice": (
+        "drawings told by name",
+        "share of drawings that are nearer to a real picture of their name than to nine of other names",
+    ),
+    "drawn_text.drawn_words_read": (
+        "drawn words read",
+        "share of drawings of words in which the OCR judge reads the word",
+    ),
     "psnr": (
         "PSNR of reconstructions",
         "how well the picture survives the tokenizer",
@@ -89,11 +101,11 @@ def interval_of(found: Mapping[str, Any]) -> Point | None:
 
 
 def main_metrics(summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """`MAIN_MEASURES` as far as an arm was measured on them.
+    """`MAIN_MEASURES` as far as the reference arm was measured on them: of others nothing can be said for or against it.
 
     Where the family is not among the sources (someone's own manifest), the metric pooled over all sources takes its place.
     """
-    measured = {metric for arm in summary["arms"].values() for metric in arm["metrics"]}
+    measured = set(summary["arms"][summary["reference"]]["metrics"])
     found: dict[str, tuple[str, str]] = {}
     for metric, (title, meaning) in MAIN_MEASURES.items():
         plain = metric.rpartition(".")[2]

@@ -14,8 +14,9 @@ can run them one by one (``--only``). What is finished is kept: a comparison tha
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import yaml
 
 from ett import __version__
 from ett.errors import RecipeError, UserError, unknown
-from ett.evaluate.run import evaluate, load_for_evaluation
+from ett.evaluate.drawing_report import judge_all
+from ett.evaluate.reading import DISTRIBUTION
+from ett.evaluate.run import evaluate, load_for_evaluation, versions
 from ett.evaluate.sources import NamedSources, builtin_sources
 from ett.experiments.folder import RECIPE_NAME, RunFolder
 from ett.experiments.recipe import Recipe, read_values, recipe_of_arm
@@ -50,6 +53,8 @@ OWN_KEYS = ("arms", "seeds", "reference", "search")
 """Keys of a comparison's recipe that are no recipe's."""
 START = "start"
 """Folder of what the arms start from; no arm can be called so."""
+TOKENIZER_TASKS = ("reconstruction", "drift")
+"""What is measured of an arm that learned to draw and not to read, beside its drawings."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +299,7 @@ def run_arm(comparison: Comparison, arm: Arm, out: Path) -> Path:
         recipe = recipe.started_from(str(resolve_model_folder(out / before.folder).resolve()))
     model_folder = Run(recipe, folder, resume=folder.is_dir() and any(folder.iterdir())).train()
     # drift is from the common start, however many arms lie between
-    _measure(comparison.root(arm).recipe, model_folder, target)
+    _measure(comparison.root(arm).recipe, model_folder, target, reads=recipe.stages[-1].stage != "gen")
     return target
 
 
@@ -308,19 +313,26 @@ def measure_start(comparison: Comparison, out: Path) -> Path | None:
     return target
 
 
-def _measure(recipe: Recipe, folder: Path, target: Path) -> None:
+def _measure(recipe: Recipe, folder: Path, target: Path, *, reads: bool = True) -> None:
     model, tokenizer, processor = load_for_evaluation(folder)
     subject = model if model is not None else tokenizer
     config = recipe.evaluation
     limit = config.report_limit or config.limit
+    initial = initial_tokenizer(recipe)
     found = evaluate(
         subject,
         processor,
         report_sources(recipe),
+        None if reads else TOKENIZER_TASKS[: 1 if initial is None else 2],
         limit=limit,
         picture_limit=min(limit, config.report_pictures or limit),
-        initial_tokenizer=initial_tokenizer(recipe),
+        initial_tokenizer=initial,
     )
+    if config.drawings is not None and model is not None and model.image_head is not None:
+        judged = judge_all(model, processor, config.drawings)
+        for note in judged.notes:
+            print(note, file=sys.stderr)
+        found = replace(found, metrics={**found.metrics, **judged.metrics()}, versions=versions(DISTRIBUTION))
     found.save(target)
 
 

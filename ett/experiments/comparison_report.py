@@ -15,6 +15,7 @@ from ett.evaluate.base import Metric
 from ett.evaluate.comparison import compare, pooled
 from ett.evaluate.comparison_markdown import comparison_markdown
 from ett.evaluate.comparison_page import ComparedPicture, ComparisonFacts, render_comparison
+from ett.evaluate.drawing_report import asked_examples
 from ett.evaluate.pareto import pareto_svg
 from ett.evaluate.run import load_for_evaluation
 from ett.evaluate.run_folder import read_run, write_whole
@@ -32,7 +33,9 @@ from ett.experiments.comparison import (
 from ett.experiments.folder import RECIPE_NAME
 from ett.experiments.run import resolve_model_folder
 from ett.experiments.search import SEARCH_NAME
+from ett.generate.draw import Request, draw
 from ett.generate.reconstruct import reconstruct, sized
+from ett.images import from_array
 from ett.tokenizers import VisionTokenizer
 
 REPORT_NAME, SUMMARY_NAME, TABLE_NAME, PARETO_NAME = REPORTS
@@ -66,6 +69,7 @@ def write_comparison_report(out: str | Path) -> Path:
         predictions={name: evaluations[arm.key]["predictions"] for name, arm in firsts.items()},
         pictures=_pictures(firsts, folder),
         proof=committed_proof(comparison),
+        drawings=_drawings(firsts, folder),
     )
     try:
         text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
@@ -182,4 +186,26 @@ def _pictures(firsts: Mapping[str, Arm], folder: Path) -> list[ComparedPicture]:
     return [
         ComparedPicture(caption, found[any_label][i].original, {label: each[i].image for label, each in found.items()})
         for i, caption in enumerate(captions)
+    ]
+
+
+def _drawings(firsts: Mapping[str, Arm], folder: Path) -> list[ComparedPicture]:
+    """A few prompts of the judges, with what each arm that can draw makes of them; none where nothing is judged."""
+    config = next(iter(firsts.values())).recipe.evaluation.drawings
+    if config is None:
+        return []
+    drawn: dict[str, list[PIL.Image.Image]] = {}
+    asked, originals = [], list[PIL.Image.Image]()
+    for name, arm in firsts.items():
+        model, _, processor = load_for_evaluation(resolve_model_folder(folder / arm.folder))
+        if model is None or model.image_head is None:
+            continue
+        images = processor.image_processor
+        asked = asked_examples(config, min(images.height, images.width), SHOWN_PICTURES)
+        originals = [from_array(images.fit(example.images[0])[0]) for _, example in asked]
+        requests = [Request(prompt, config.seed) for prompt, _ in asked]
+        drawn[name] = [picture.image for picture in draw(model, processor, requests, config.sampling)]
+    return [
+        ComparedPicture(prompt, originals[i], {name: each[i] for name, each in drawn.items()})
+        for i, (prompt, _) in enumerate(asked)
     ]

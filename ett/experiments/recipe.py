@@ -13,8 +13,10 @@ import yaml
 from ett.config import from_mapping, require, to_mapping
 from ett.data.mixture import SourceConfig
 from ett.errors import RecipeError
+from ett.evaluate.drawing_report import DrawingsConfig
 from ett.experiments.strict_yaml import read_yaml, without_aliases
 from ett.model.build import ModelSpec
+from ett.train.sharding import Sharding
 from ett.train.stages import DRAWING, StageConfig
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -40,6 +42,7 @@ class EvaluationConfig:
         report_limit: examples of each source in the report, >= 1; null takes `limit`.
         report_pictures: of those, how many are reconstructed as well, >= 1; null takes all. Reconstruction varies little
             between pictures and costs more than an answer.
+        drawings: of a comparison's arms that can draw, what is drawn and judged for the report; null draws nothing.
     """
 
     data: tuple[SourceConfig, ...] | None = None
@@ -49,6 +52,7 @@ class EvaluationConfig:
     report_split: str | None = None
     report_limit: int | None = None
     report_pictures: int | None = None
+    drawings: DrawingsConfig | None = None
 
     def __post_init__(self) -> None:
         require(self.limit >= 1, "limit", self.limit, "at least 1")
@@ -70,6 +74,8 @@ class Recipe:
         seed: of weights, order of data and dropout.
         precision: "bf16" computes the language model in bfloat16 over float32 master weights; "fp32" in float32.
         num_workers: loader processes per rank.
+        sharding: what several processes hold: "ddp", each the whole model; "fsdp", each its part of weights, gradients and
+            optimizer (FSDP2). The numbers are the same, so a run may be continued with the other.
         max_bad_samples: examples of a stage that cannot be used (a broken picture, an empty caption, a damaged shard as one)
             and are skipped: each is counted once and named, and another of its source stands in. 0 ends at the first, and looks
             through manifests before anything trains.
@@ -84,6 +90,7 @@ class Recipe:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     num_workers: int = 1
+    sharding: Sharding = "ddp"
     max_bad_samples: int = 0
     trackers: tuple[str, ...] = ("tensorboard",)
 

@@ -23,6 +23,7 @@ SOURCES = {
     "names": "names of pictures from six open emoji sets, built in (licences: `ett/data/builtin/NOTICE` of the package)",
     "questions": "questions on the metadata of six open emoji sets, built in (licences: as for names)",
     "drawn_text": "text drawn in open fonts, built in (licences: as for names)",
+    "drawn_scenes": "coloured shapes drawn from a seed, built in",
 }
 TAGS = ["ett", "vision-tokenizer", "vector-quantization", "image-text-to-text"]
 
