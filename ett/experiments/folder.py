@@ -120,8 +120,8 @@ class RunFolder:
 
     def _check_same(self) -> None:
         """A resumed run continues the same recipe on the same data; anything else would not be what an uninterrupted run gives.
-        How many processes load data, who tracks the run, what watches its health and how many examples may be skipped may
-        change: up to a fault, no weight depends on them."""
+        How many processes load data, how they share the weights, who tracks the run, what watches its health and how many
+        examples may be skipped may change: up to a fault, and to the order of sums, no weight depends on them."""
         written = self.path / RECIPE_NAME
         before, now = (_comparable(recipe) for recipe in (load_recipe(written), self.recipe))
         if before != now:
@@ -142,7 +142,7 @@ class RunFolder:
 
 def _comparable(recipe: Recipe) -> str:
     stages = tuple(replace(stage, health=HealthConfig()) for stage in recipe.stages)
-    return dump_recipe(replace(recipe, stages=stages, num_workers=0, max_bad_samples=0, trackers=()))
+    return dump_recipe(replace(recipe, stages=stages, num_workers=0, sharding="ddp", max_bad_samples=0, trackers=()))
 
 
 def _manifest_hashes(recipe: Recipe) -> dict[str, str]:

@@ -129,7 +129,7 @@ class Run:
             data = cached_data(data, sources, config, name, model.vision_tokenizer, codes, accelerator, log)
         # every rank drops out units of its own
         torch.manual_seed(_stage_seed(self.recipe.seed, k) + 1 + RANK_SEEDS * accelerator.process_index)
-        stage = Stage(config, name, model, data, accelerator, log, self.folder.checkpoints)
+        stage = Stage(config, name, model, data, accelerator, log, self.folder.checkpoints, self.recipe.sharding)
         stage.resume()
         order = {each: i for i, each in enumerate(self.recipe.stage_names)}
         log.forget_after(order, name, stage.step)
@@ -205,6 +205,12 @@ class Run:
     # -- before anything starts ----------------------------------------------------------------------------------------
 
     def _accelerator(self) -> Accelerator:
+        for library in ("DEEPSPEED", "FSDP"):
+            if os.environ.get(f"ACCELERATE_USE_{library}", "").lower() == "true":
+                raise RecipeError(
+                    f"The launcher's configuration asks for {library}, and the loop of this package divides weights by itself. "
+                    "Set sharding: fsdp in the recipe, and start it with torchrun, or with accelerate and neither of the two."
+                )
         # a process may train several recipes; the library keeps the first one's precision for good
         AcceleratorState._reset_state(reset_partial_state=False)
         try:

@@ -77,8 +77,9 @@ def index_backprop(
         codebook: same type, [K, D].
         entropy_temperature: T of the entropy term, > 0; None leaves the term out.
         all_ranks: take the mean over n across all ranks of the default process group (every rank must call). The returned
-            entropy then uses the global mean; gradients are scaled so that averaging them over ranks, as DDP does, gives
-            the gradient of the global term.
+            entropy is then ``mean_n H(p_T[n])`` of this rank's N rows minus H of the mean over all ranks' M rows. To be weighed
+            as every mean over a rank's rows is: times ``N * world / M``, and averaged over ranks, as DDP does with gradients,
+            values and gradients are those of the term over all M rows, whatever their shares.
         chunk_rows: rows at a time; None chooses by device.
 
     Source: IBQ (arXiv 2412.02692), whose backward is, by the chain rule (docs/method.md):
@@ -129,14 +130,13 @@ class _IndexBackprop(torch.autograd.Function):
         if all_ranks:
             dist.all_reduce(usage)
             dist.all_reduce(total)
-        world = dist.get_world_size() if all_ranks else 1
         entropy = query.new_zeros(())
         if temperature is not None:
             mean = usage / total
             entropy = row_entropy / n + torch.xlogy(mean, mean).sum()
         hard = codebook[indices]
         ctx.save_for_backward(query, codebook, indices, maxima, log_norms, usage, total)
-        ctx.temperature, ctx.rows, ctx.world = temperature, rows, world
+        ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(indices, usage)
         return hard, hard.clone(), indices, entropy, usage
 
@@ -154,8 +154,8 @@ class _IndexBackprop(torch.autograd.Function):
         logits_buffer, value_buffer = query.new_empty(size, k), query.new_empty(size, k)
         with torch.autocast(query.device.type, enabled=False):
             log_mean = (usage / total).clamp_(min=torch.finfo(query.dtype).tiny).log_()
-            # a row counts 1 / (rows of all ranks); the world size undoes the averaging of gradients over ranks
-            scale = entropy_grad * ctx.world / total
+            # a row counts 1 / (rows of all ranks) once the caller's weight, N * world / M, and DDP's average are in
+            scale = entropy_grad / max(n, 1)
             for chunk in _chunks(n, ctx.rows):
                 length = chunk.stop - chunk.start
                 logits = torch.mm(query[chunk], codebook.T, out=logits_buffer[:length])

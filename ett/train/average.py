@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ett.train.sharding import put
+
 
 class WeightAverage:
     """``average <- decay * average + (1 - decay) * weight`` after every step, over a module's trainable parameters.
@@ -54,10 +56,10 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"updates": self.updates, "average": {name: value.cpu() for name, value in self.average.items()}}
+        return {"updates": self.updates, "average": dict(self.average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.updates = int(state["updates"])
         for name, value in self.average.items():
-            value.copy_(state["average"][name])
+            put(value, state["average"][name])

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ett.errors import ModelError
 from ett.files import fsync, fsync_tree
+from ett.train.sharding import like, put, whole
 
 
 class Stateful(Protocol):
@@ -97,17 +98,19 @@ def take_snapshot(
     extras: Mapping[str, Stateful] | None = None,
     random_states: Sequence[Mapping[str, Any]] | None = None,
     validation_loss: float | None = None,
+    kept: bool = True,
 ) -> Snapshot:
-    """The state after `step` finished steps.
+    """The state after `step` finished steps; of what is divided among ranks, for all of them at once.
 
     Args:
         extras: what else has a state, by name: a discriminator, averages.
         random_states: `random_state` of every rank, in their order; None takes this process's.
+        kept: False on a rank that only hands over its part; tensors are then empty.
     """
     others = {name: each.state_dict() for name, each in (extras or {}).items()}
     states = [random_state()] if random_states is None else list(random_states)
-    state = _copied({"optimizer": optimizer.state_dict(), "random": states, "extras": others})
-    return Snapshot(stage, step, _copied(training_tensors(module)), state, validation_loss)
+    state = _copied({"optimizer": optimizer.state_dict(), "random": states, "extras": others}, kept)
+    return Snapshot(stage, step, _copied(training_tensors(module), kept), state, validation_loss)
 
 
 def write_checkpoint(directory: Path, snapshot: Snapshot, keep: int = KEPT) -> Checkpoint:
@@ -188,7 +191,7 @@ def load_checkpoint(
             "that the run was started with (recipe.yaml in its folder), or start anew with --overwrite."
         )
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(_divided(state["optimizer"], optimizer))
         for name, each in wanted.items():
             each.load_state_dict(others[name])
         restore_random_state(_state_of_rank(state["random"], rank))
@@ -197,17 +200,15 @@ def load_checkpoint(
             f"{checkpoint.path / STATE} does not hold the state of this stage ({type(error).__name__}: {str(error)[:200]}). "
             "Resume with the recipe and the version that wrote it, or start anew with --overwrite."
         ) from error
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])
+    for name, tensor in own.items():
+        put(tensor, stored[name])
 
 
 def load_weights(checkpoint: Checkpoint, module: nn.Module, extras: Mapping[str, Stateful]) -> None:
     """Put the weights and `extras` of a checkpoint of this very stage back, and nothing else."""
     stored, state = _read(checkpoint)
-    with torch.no_grad():
-        for name, tensor in training_tensors(module).items():
-            tensor.copy_(stored[name])
+    for name, tensor in training_tensors(module).items():
+        put(tensor, stored[name])
     for name, each in extras.items():
         each.load_state_dict(state["extras"][name])
 
@@ -346,13 +347,33 @@ def _state_of_rank(states: Any, rank: int) -> Mapping[str, Any]:
     return state
 
 
-def _copied(value: Any) -> Any:
-    """`value` with each tensor in it copied to memory of its own on the host."""
+def _copied(value: Any, kept: bool) -> Any:
+    """`value` with each tensor in it, whole, copied to memory of its own on the host; not `kept`, they are empty."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        tensor = whole(value.detach())
+        return tensor.to("cpu", copy=True) if kept else torch.empty(0)
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
+        return {key: _copied(item, kept) for key, item in value.items()}
+    return type(value)(_copied(item, kept) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _divided(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's stored state with what belongs to a parameter divided and laid out as the parameter is.
+
+    A fused step goes through memory and asks no tensor for its strides, and a convolution's weight has others where it is
+    sharded.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        **state,
+        "state": {
+            i: {
+                name: like(value, parameters[i]) if value.shape == parameters[i].shape else value
+                for name, value in each.items()
+            }
+            for i, each in state["state"].items()
+        },
+    }
 
 
 def _sha256(path: Path) -> str:

@@ -44,6 +44,7 @@ from ett.train.objectives import (
 )
 from ett.train.optim import build_optimizer, schedule_factor, set_learning_rates
 from ett.train.saving import Saver
+from ett.train.sharding import Sharding, gathered, merge, put, release, shard, whole
 from ett.train.stages import (
     StageConfig,
     caption_reach,
@@ -85,6 +86,7 @@ class Stage:
         accelerator: Accelerator,
         log: RunLog,
         checkpoints: Path,
+        sharding: Sharding = "ddp",
     ) -> None:
         if config.quantize_after:
             _check_placeable(model)
@@ -115,21 +117,23 @@ class Stage:
             compile_parts(self.model)
         self.micro_batch, self.accumulation = split_batch(config, accelerator.num_processes)
         self.step = 0
-        self.objective: nn.Module
-        self.objective, self.optimizer = accelerator.prepare(objective, build_optimizer(parts, config.optimizer))
         self.critics: Critics | None = None
         if Critics.wanted(self.losses):
             rates = config.optimizer.learning_rates
             peak = rates.get("vision_tokenizer", config.optimizer.learning_rate)
             self.critics = Critics(self.losses, config.discriminator, peak, accelerator, self._tokenizer)
+        # before a checkpoint is loaded: drift is measured from the weights that the stage began with
+        self.health = self._health_monitor()
+        sharded = sharding == "fsdp" and accelerator.num_processes > 1
+        self.objective: nn.Module
+        self.objective = shard(objective, model, accelerator) if sharded else accelerator.prepare(objective)
+        self.optimizer = accelerator.prepare(build_optimizer(parts, config.optimizer))
         self.balance: GradientBalance | None = None
         if config.balance is not None:
             self.balance = GradientBalance(config.balance, self.losses.tokenizer_weight)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.back_offs = BackOffs(config.health, name, log)
         self.bad_samples = BadSamples(data, name, log, accelerator)
-        # before a checkpoint is loaded: drift is measured from the weights that the stage began with
-        self.health = self._health_monitor()
         optional = ("back_offs", "bad_samples")
         optimizer = self.optimizer.optimizer
         self.saver = Saver(checkpoints, name, self.model, optimizer, self._extras, optional, accelerator)
@@ -169,11 +173,12 @@ class Stage:
             CheckpointError: the checkpoint before could not be written.
         """
         if self.health is not None:
-            self.health.before_saving(self.step)
+            with gathered(self.objective):
+                self.health.before_saving(self.step)
         self.saver.save(self.step, validation_loss)
 
     def run(self) -> None:
-        """Train to the last step.
+        """Train to the last step; of a sharded model, the first rank then has the whole.
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was saved.
@@ -220,7 +225,8 @@ class Stage:
                 validation_loss = measured.get("loss")
                 self.log.validation(self.name, self.step, measured)
                 if self.health is not None and self.health.due(self.step, config.steps, validates):
-                    self.health.measure(self.step)
+                    with gathered(self.objective):
+                        self.health.measure(self.step)
                 if self._stop_requested():
                     stopped = True
                     break
@@ -235,6 +241,7 @@ class Stage:
                 self.log.ends_with(self.name, self.step, self.saver.restore_best())
         if self.average is not None:
             self.average.apply()
+        merge(self.model, self.accelerator.is_main_process)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -258,6 +265,7 @@ class Stage:
                 for name, value in {"loss": loss, **losses}.items():
                     totals[name] = totals.get(name, 0.0) + float(value) * tokens
                 weight += tokens
+            release(self.objective)
         if isinstance(self.model, VisionTokenizer):
             self.model.train()
         else:
@@ -308,7 +316,7 @@ class Stage:
         norm = self.accelerator.clip_grad_norm_(
             self.objective.parameters(), self.config.optimizer.max_grad_norm or math.inf
         )
-        norm_value = float(norm) if norm is not None else 0.0
+        norm_value = float(whole(norm)) if norm is not None else 0.0
         if world > 1:
             totals = {name: self.accelerator.reduce(value, reduction="mean") for name, value in totals.items()}
         if self.back_offs.needed(totals, norm_value):
@@ -356,18 +364,23 @@ class Stage:
         assert isinstance(self.model, VisionTokenizer)
         quantizer = self.model.quantize
         assert isinstance(quantizer, IndexBackpropagationQuantizer)
-        features: list[Tensor] = []
-        wanted, draw = FEATURES_PER_CODE * quantizer.codebook_size, 0
-        while sum(each.shape[0] * each.shape[2] * each.shape[3] for each in features) < wanted:
-            draws = range(draw, draw + self.micro_batch)
-            items = [encode_draw(self.data.mixture, each, self.data.processor, None).item for each in draws]
-            features += [self.model.encode(self._collate(items).pixel_values)]
-            draw += self.micro_batch
-        rows = torch.cat([each.flatten(2).transpose(1, 2).flatten(0, 1) for each in features])
-        distance = quantizer.place_codes(rows.T[None, :, :, None])
-        if self.accelerator.num_processes > 1:
-            for tensor in (*quantizer.parameters(), *quantizer.buffers()):
-                torch.distributed.broadcast(tensor, src=0)
+        with gathered(self.objective):
+            features: list[Tensor] = []
+            wanted, draw = FEATURES_PER_CODE * quantizer.codebook_size, 0
+            while sum(each.shape[0] * each.shape[2] * each.shape[3] for each in features) < wanted:
+                draws = range(draw, draw + self.micro_batch)
+                items = [encode_draw(self.data.mixture, each, self.data.processor, None).item for each in draws]
+                features += [self.model.encode(self._collate(items).pixel_values)]
+                draw += self.micro_batch
+            rows = torch.cat([each.flatten(2).transpose(1, 2).flatten(0, 1) for each in features])
+            distance = quantizer.place_codes(rows.T[None, :, :, None])
+            placed = [*quantizer.parameters(), *quantizer.buffers()]
+            if self.accelerator.num_processes > 1:
+                for tensor in placed:
+                    torch.distributed.broadcast(tensor, src=0)
+            placed = [tensor.detach().clone() for tensor in placed]
+        for target, value in zip((*quantizer.parameters(), *quantizer.buffers()), placed, strict=True):
+            put(target, value)
         self.log.codes_placed(self.name, self.step, distance)
 
     def _health_monitor(self) -> HealthMonitor | None:
@@ -412,7 +425,7 @@ class Stage:
             missing = self.accelerator.reduce(missing)
         if batch is None or bool(missing > 0):
             return
-        with self.accelerator.autocast():
+        with gathered(self.objective), self.accelerator.autocast():
             reach = caption_reach(self.model, batch, self.losses)
         check_reach(reach, self.config, self.model.config.visual_input)
         self.log.reach(self.name, reach.norms)

@@ -30,6 +30,7 @@ from ett.train.checkpoint import (
     take_snapshot,
     write_checkpoint,
 )
+from ett.train.sharding import is_sharded
 
 
 class Saver:
@@ -119,8 +120,11 @@ class Saver:
             validation_loss = None
         self.best = min(self.best, math.inf if validation_loss is None else validation_loss)
         self._saved = step
-        if self.accelerator.is_main_process:
-            snapshot = take_snapshot(self.stage, step, self.model, self.optimizer, self.extras, states, validation_loss)
+        main = self.accelerator.is_main_process
+        if main or is_sharded(self.model):
+            state = self.optimizer, self.extras, states, validation_loss
+            snapshot = take_snapshot(self.stage, step, self.model, *state, kept=main)
+        if main:
             self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
             self._writing = self._thread.submit(write_checkpoint, self.directory, snapshot)
 

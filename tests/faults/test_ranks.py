@@ -147,7 +147,7 @@ def test_text_on_one_rank_and_a_picture_on_the_other(toy_recipe: dict[str, Any],
     assert len(one) == len(two) == 24
     for ours, theirs in zip(one, two, strict=True):
         assert ours[:2] == theirs[:2]
-        # T = 0.01 magnifies the rounding of an update, and a rank's entropy term weighs as its share of the pictures does
+        # T = 0.01 magnifies the rounding of an update, and the discriminator's norms take each rank's own statistics
         for name, far in {
             "loss": 3e-4,
             "caption_loss": 1e-4,

@@ -263,15 +263,20 @@ def _all_ranks_worker(rank: int, folder: str) -> None:
     inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)
     quantizer = IndexBackpropagationQuantizer(40, 6).double().train()
     quantizer.load_state_dict(inputs["state"])
-    features = inputs["features"].chunk(WORLD)[rank].requires_grad_()
+    features = inputs["features"].split(inputs["pictures"])[rank].requires_grad_()
     out = quantizer(features)
-    gradients = torch.autograd.grad(out.entropy_loss, [features, quantizer.embedding.weight])
-    # as DDP does
-    dist.all_reduce(gradients[1])
-    torch.save(
-        {"entropy": out.entropy_loss.detach(), "features": gradients[0], "codebook": gradients[1] / WORLD},
-        f"{folder}/rank{rank}.pt",
-    )
+    terms = [out.entropy_loss, out.quantization_loss]
+    # the mean over nothing is NaN; as 0 it keeps its place in the graph
+    terms = terms if len(features) else [term.nan_to_num() for term in terms]
+    share = len(features) * WORLD / len(inputs["features"])
+    found = {}
+    for name, term in zip(("entropy", "quantization"), terms, strict=True):
+        loss = term * share
+        gradients = torch.autograd.grad(loss, [features, quantizer.embedding.weight], retain_graph=True)
+        # as DDP does
+        dist.all_reduce(gradients[1])
+        found[name] = {"value": loss.detach(), "features": gradients[0], "codebook": gradients[1] / WORLD}
+    torch.save(found, f"{folder}/rank{rank}.pt")
     _leave()
 
 
@@ -304,7 +309,7 @@ def _fsdp_worker(rank: int, folder: str) -> None:
     _leave()
 
 
-def _launch(worker: object, folder: Path) -> list[dict[str, Tensor]]:
+def _launch(worker: object, folder: Path) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=worker, args=(rank, str(folder))) for rank in range(WORLD)]  # type: ignore[arg-type]
     for process in processes:
@@ -315,25 +320,29 @@ def _launch(worker: object, folder: Path) -> list[dict[str, Tensor]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-def _inputs(folder: Path) -> tuple[IndexBackpropagationQuantizer, Tensor]:
+def _inputs(folder: Path, pictures: list[int] | None = None) -> tuple[IndexBackpropagationQuantizer, Tensor]:
+    """A quantizer and features of four pictures, left for the ranks; `pictures`: how many of them each rank gets."""
     quantizer = IndexBackpropagationQuantizer(40, 6).double()
     features = torch.randn(4, 6, 3, 3, dtype=torch.float64)
-    torch.save({"state": quantizer.state_dict(), "features": features}, folder / "inputs.pt")
+    torch.save({"state": quantizer.state_dict(), "features": features, "pictures": pictures}, folder / "inputs.pt")
     return quantizer, features
 
 
-def test_entropy_mean_runs_over_all_ranks(tmp_path: Path) -> None:
-    """Two processes with half the batch each equal one with all of it: value, and gradients as DDP averages them."""
-    quantizer, features = _inputs(tmp_path)
+@pytest.mark.parametrize("pictures", [(2, 2), (1, 3), (4, 0)])
+def test_entropy_mean_runs_over_all_ranks(pictures: tuple[int, int], tmp_path: Path) -> None:
+    """Two processes equal one with all of the batch, equal shares or not, one without any: value, and gradients as DDP averages
+    them."""
+    quantizer, features = _inputs(tmp_path, list(pictures))
     features.requires_grad_()
     whole = quantizer(features)
-    expected = torch.autograd.grad(whole.entropy_loss, [features, quantizer.embedding.weight])
     ranks = _launch(_all_ranks_worker, tmp_path)
-    mean = torch.stack([rank["entropy"] for rank in ranks]).mean()
-    torch.testing.assert_close(mean, whole.entropy_loss.detach())
-    torch.testing.assert_close(torch.cat([rank["features"] for rank in ranks]) / WORLD, expected[0])
-    for rank in ranks:
-        torch.testing.assert_close(rank["codebook"], expected[1])
+    for name, term in (("entropy", whole.entropy_loss), ("quantization", whole.quantization_loss)):
+        expected = torch.autograd.grad(term, [features, quantizer.embedding.weight], retain_graph=True)
+        found = [rank[name] for rank in ranks]
+        torch.testing.assert_close(torch.stack([each["value"] for each in found]).mean(), term.detach())
+        torch.testing.assert_close(torch.cat([each["features"] for each in found]) / WORLD, expected[0])
+        for each in found:
+            torch.testing.assert_close(each["codebook"], expected[1])
 
 
 def test_stays_float32_under_fsdp(tmp_path: Path) -> None:

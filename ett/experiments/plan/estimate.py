@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
@@ -14,11 +13,12 @@ from ett.experiments.plan.rehearsal import Rehearsal, rehearse
 from ett.experiments.plan.skeleton import skeleton, stage_data
 from ett.experiments.plan.tracker import Part
 from ett.experiments.recipe import Recipe
+from ett.model.ett import EttForConditionalGeneration
 from ett.tokenizers import VisionTokenizer
 from ett.train.feed import split_batch
+from ett.train.sharding import Sharding, repeated_layers
 from ett.train.stages import StageConfig, part_of, set_trainable
 
-Sharding = Literal["ddp", "fsdp"]
 DIVIDED: tuple[Part, ...] = ("weights", "gradients", "optimizer", "average")
 """What FSDP divides among devices."""
 PROCESS_BYTES, ARTWORK_BYTES = 52 * 2**20, 16 * 2**20
@@ -38,7 +38,7 @@ class Target:
         hardware: of one device, called `name`.
         world_size: devices, >= 1.
         sharding: "ddp": each device holds everything, and gradients twice (the buckets that are exchanged); "fsdp":
-            weights, gradients, optimizer and average are divided, and the largest part is gathered whole at a time.
+            weights, gradients, optimizer and average are divided, and what a moment needs is gathered (`ett.train.sharding`).
         memory: bytes of one device; null takes the hardware's.
     """
 
@@ -108,11 +108,11 @@ def _plan_stage(recipe: Recipe, k: int, target: Target) -> StagePlan:
         model.requires_grad_(True)
     else:
         set_trainable(model, config.parts, words=config.stage != "gen")
-    parameters, trainable = _numbers(model)
-    gathered = 4 * _largest_unit(model)
     bf16 = recipe.precision == "bf16"
     found = rehearse(config, model, data, batch, hardware.device, bf16=bf16, world_size=target.world_size)
-    memory = _on_one_device(found, target, 4 * sum(trainable.values()), gathered)
+    # a stage may train less than its parts
+    parameters, trainable = _numbers(model)
+    memory = _on_one_device(found, target, 4 * sum(trainable.values()), 4 * _gathered(model))
     if hardware.device == "cpu":
         memory["process"] = _process_bytes(recipe, k, memory, parameters["vision_tokenizer"])
     seconds = found.flops / (ASSUMED_UTILISATION[hardware.device] * hardware.rate(recipe.precision))
@@ -156,11 +156,18 @@ def _numbers(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
     return everything, training
 
 
-def _largest_unit(model: nn.Module) -> int:
-    """Parameters of the largest layer of a stack, or of the largest module of its own."""
-    layers = [layer for each in model.modules() if isinstance(each, nn.ModuleList) for layer in each]
-    single = [sum(p.numel() for p in each.parameters(recurse=False)) for each in model.modules()]
-    return max([*single, *(sum(p.numel() for p in layer.parameters()) for layer in layers)])
+def _gathered(model: EttForConditionalGeneration | VisionTokenizer) -> int:
+    """Numbers that a device of a sharded job holds whole: weights and gradients of what lies around the language model's
+    layers, and of two layers, the one that computes and the next."""
+    layers = [] if isinstance(model, VisionTokenizer) else repeated_layers(model)
+    sizes = [(sum(p.numel() for p in each.parameters()), _trainable(each)) for each in layers]
+    around = sum(p.numel() for p in model.parameters()) - sum(size for size, _ in sizes)
+    learned = _trainable(model) - sum(size for _, size in sizes)
+    return around + learned + 2 * max((sum(each) for each in sizes), default=0)
+
+
+def _trainable(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _on_one_device(found: Rehearsal, target: Target, gradient_bytes: int, gathered: int) -> dict[Part, int]:

@@ -173,17 +173,20 @@ class _Understudy:
     def no_sync(self, _module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    def prepare(self, given: Any) -> Any:
+        """The objective in its type, or the optimizer as `accelerate` wraps it."""
+        if isinstance(given, torch.optim.Optimizer):
+            same = {name: getattr(given, name) for name in ("step", "zero_grad", "param_groups")}
+            return SimpleNamespace(optimizer=given, **same)
         if self.bf16:
-            inner = objective.forward
+            inner = given.forward
 
             def forward(*arguments: Any, **named: Any) -> Any:
                 with self.autocast():
                     return inner(*arguments, **named)
 
-            objective.forward = convert_outputs_to_fp32(forward)
-        same = {name: getattr(optimizer, name) for name in ("step", "zero_grad", "param_groups")}
-        return objective, SimpleNamespace(optimizer=optimizer, **same)
+            given.forward = convert_outputs_to_fp32(forward)
+        return given
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
