@@ -47,12 +47,14 @@ docs: dev
 bench: install
 	$(BIN)/python benchmarks/quantizer.py --rows 1024 --codes 65536 --repeats 3
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/generation.py --repeats 5
 	$(BIN)/python benchmarks/cached_codes.py --scales small medium --repeats 5
 	$(BIN)/python benchmarks/plan.py --cases toy quickstart tokenizer_64px
 
 bench-gpu: install
 	$(BIN)/python benchmarks/quantizer.py --device cuda --rows 8192
 	$(BIN)/python benchmarks/training_step.py --device cuda --steps 50
+	$(BIN)/python benchmarks/generation.py --device cuda --batch-sizes 1 8 64
 	$(BIN)/python benchmarks/cached_codes.py --device cuda
 	$(BIN)/python benchmarks/plan.py --device cuda
 

@@ -7,6 +7,9 @@ A step reads its examples, pads them, and runs forward, backward and AdamW of `a
 pictures and encodes them; "cached" reads indices from the cache on disk, conversations with them; "removed" reads the same
 conversations and puts random embeddings of the same shape where the tokenizer's would be: what no cache can beat. Weights are
 random. Ratios are of neighbouring steps, so that whatever else the machine does falls on all three.
+
+Indices from the cache are compared with those of the same pictures encoded anew, one at a time: another batch size takes other
+roads through the convolutions, and two codes that are nearly as good may change places.
 """
 
 from __future__ import annotations
@@ -32,11 +35,14 @@ from ett.losses.caption import supervised_columns
 from ett.losses.joint import LossConfig
 from ett.model.build import LanguageModelSpec, ModelSpec, build_model, build_vision_tokenizer
 from ett.model.projector import ProjectorConfig
+from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 from ett.train.stages import set_trainable, train_mode
 from ett.types import Batch
 
 FROZEN = LossConfig(tokenizer_weight=0.0)
 SIDES = ("encoded", "cached", "removed")
+CLOSE = 1e-4
+"""Two logits closer than this share of the larger one are a tie: rounding of the encoder in float32 may decide it."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,30 @@ class Bench:
             visual: Tensor = self.model.projector(torch.randn(shape, device=self.device))
         return visual
 
+    @torch.no_grad()
+    def changed_indices(self, steps: int) -> tuple[int, int, float]:
+        """(indices that differ between the cache and a fresh encoding, indices in all, largest margin among the former).
+
+        The margin is the distance of the two largest logits, as a share of the larger one.
+        """
+        tokenizer = self.model.vision_tokenizer
+        quantizer = tokenizer.quantize
+        assert isinstance(quantizer, IndexBackpropagationQuantizer)
+        changed, compared, margin = 0, 0, 0.0
+        for step in range(steps):
+            cached = self.read(self.codes, step).image_indices
+            assert cached is not None
+            for indices, pixels in zip(cached, self.read(self.pictures, step).pixel_values, strict=True):
+                features = tokenizer.encode(pixels[None])
+                differs = (quantizer.nearest(features)[0] != indices).flatten()
+                rows = quantizer._query(quantizer._rows(features))[differs]
+                compared += differs.numel()
+                changed += len(rows)
+                if len(rows):
+                    first, second = (rows @ quantizer._keys().T).topk(2, dim=1).values.unbind(1)
+                    margin = max(margin, float(((first - second) / first.abs()).max()))
+        return changed, compared, margin
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -171,6 +201,7 @@ def measure(name: str, repeats: int, device: torch.device) -> None:
         for turn in range(repeats):
             for side in SIDES:
                 seconds[side].append(bench.step(side, turn))
+        changed, compared, margin = bench.changed_indices(repeats)
     print(f"{name}: {SCALES[name].image_size} px, {SCALES[name].batch_size} pictures a step")
     for side, values in seconds.items():
         print(f"  {side:<8} median {statistics.median(values) * 1e3:9.1f} ms  (min {min(values) * 1e3:.1f})")
@@ -179,9 +210,14 @@ def measure(name: str, repeats: int, device: torch.device) -> None:
     print(
         f"  cached / removed, speed {statistics.median(speed):.3f} (min {min(speed):.3f}, max {max(speed):.3f})\n"
         f"  encoded / cached, time {statistics.median(gain):.2f} (min {min(gain):.2f}, max {max(gain):.2f})\n"
-        f"  filling the cache {bench.fill_seconds * 1e3:.1f} ms a picture",
+        f"  filling the cache {bench.fill_seconds * 1e3:.1f} ms a picture; {changed} of {compared} indices differ from those "
+        f"of a fresh encoding",
         flush=True,
     )
+    if margin > CLOSE:
+        raise SystemExit(
+            f"An index differs where the best two codes are {margin:.1e} apart; only ties below {CLOSE} may."
+        )
 
 
 def main() -> None:

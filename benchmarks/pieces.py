@@ -1,10 +1,12 @@
 """Pieces of a training step against their plain forms, forward and backward, alternately in one process.
 
     python benchmarks/pieces.py                        # two minutes on one core
+    python benchmarks/pieces.py --pieces doubling
     python benchmarks/pieces.py --device cuda
 
 "caption loss": from hidden states of supervised positions to the gradients of states and head. Plain is all logits at once,
 "own chunks" is torch's fused operator with the chunks that it chooses itself. "norm, swish": of the widest level of a CNN.
+"doubling": nearest neighbour and a 3 x 3 convolution, as the levels of the demo's decoder have them.
 Times are CPU time on CPU, which other processes disturb least, and wall time on CUDA.
 """
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from ett.losses.caption import linear_caption_loss
 from ett.tokenizers.norm_swish import norm_swish
+from ett.tokenizers.upsampling import doubled_convolution
 
 Sides = dict[str, Callable[[], None]]
 
@@ -36,6 +39,11 @@ CAPTIONS = {
 """Supervised positions S, width C, vocabulary V."""
 NORMS = {"16 x 16 x 64 x 64": (16, 16, 64), "4 x 128 x 128 x 128": (4, 128, 128)}
 """Pictures, channels, side."""
+DOUBLINGS = {
+    f"{pictures} x {channels} x {side} x {side}": (pictures, channels, side)
+    for pictures in (4, 16)
+    for channels, side in ((128, 8), (64, 16), (32, 32))
+}
 
 
 def captions(shape: tuple[int, int, int], device: str) -> Sides:
@@ -73,6 +81,30 @@ def norms(shape: tuple[int, int, int], device: str) -> Sides:
     return {"plain": lambda: backward(F.silu(norm(x))), "ours": lambda: backward(norm_swish(norm, x))}
 
 
+def doublings(shape: tuple[int, int, int], device: str) -> Sides:
+    pictures, channels, side = shape
+    layer = nn.Conv2d(channels, channels, 3, padding=1, device=device).to(memory_format=torch.channels_last)
+    x = torch.randn(pictures, channels, side, side, device=device)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.randn(pictures, channels, 2 * side, 2 * side, device=device)
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+
+    def backward(y: Tensor) -> None:
+        torch.autograd.grad(y, [x, *layer.parameters()], gradient)
+
+    return {
+        "plain": lambda: backward(layer(F.interpolate(x, scale_factor=2.0, mode="nearest"))),
+        "ours": lambda: backward(doubled_convolution(layer, x)),
+    }
+
+
+PIECES: dict[str, tuple[Callable[[tuple[int, int, int], str], Sides], dict[str, tuple[int, int, int]]]] = {
+    "caption loss": (captions, CAPTIONS),
+    "norm, swish": (norms, NORMS),
+    "doubling": (doublings, DOUBLINGS),
+}
+
+
 def seconds(run: Callable[[], None], device: str) -> float:
     clock = time.process_time if device == "cpu" else time.perf_counter
     if device != "cpu":
@@ -101,6 +133,7 @@ def report(name: str, sides: Sides, repeats: int, device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pieces", nargs="+", choices=list(PIECES), default=list(PIECES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -109,10 +142,10 @@ def main() -> None:
         f"{arguments.device}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{platform.processor() or platform.machine()}"
     )
-    for name, shape in CAPTIONS.items():
-        report(f"caption loss, {name}", captions(shape, arguments.device), arguments.repeats, arguments.device)
-    for name, shape in NORMS.items():
-        report(f"norm, swish, {name}", norms(shape, arguments.device), arguments.repeats, arguments.device)
+    for piece in arguments.pieces:
+        make, shapes = PIECES[piece]
+        for name, shape in shapes.items():
+            report(f"{piece}, {name}", make(shape, arguments.device), arguments.repeats, arguments.device)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,8 @@ CASES = {
     "tokenizer_64px": Case(("tokenizer_64px", "stages.0.quantize_after=0")),
     "smollm2_64px": Case(("smollm2_64px", "arm=ett"), stage=1),
     "reader_64px": Case(("reader_64px",)),
+    "draw_64px": Case(("draw_64px",)),
+    "decoder": Case(("quickstart", "arm=ett", "stages.0={stage: decoder, steps: 20, batch_size: 16}")),
     "chat": Case(("quickstart", "arm=ett", "stages.0={stage: chat, steps: 20, batch_size: 32}")),
     "toy": Case(TOY),
     "large": Case(LARGE),

@@ -1,8 +1,8 @@
 """What `EttForConditionalGeneration` needs to draw: the loss of image tokens, and their generation one by one.
 
-While a picture is drawn, the keys and values of the prompt and of what was drawn are kept in a static cache; the rows with
-and without the prompt (guidance) go through the language model as one batch; at image positions the image head alone is
-applied; and no step waits for the device.
+While a picture is drawn, the keys and values of the prompt and of what was drawn are kept in a cache that is allocated once
+(ett.model.decoding); the rows with and without the prompt (guidance) go through the language model as one batch; at image
+positions the image head alone is applied, once for both; and no step waits for the device.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from ett.errors import ModelError
 from ett.losses.caption import next_token_labels
 from ett.losses.image import image_token_loss
 from ett.model.configuration import EttConfig
+from ett.model.decoding import reader_for
 from ett.model.image_head import ImageHead
-from ett.model.image_sampling import ImageSampling, draw_tokens, generators
+from ett.model.image_sampling import ImageSampling, draw_tokens, uniform_numbers
 from ett.model.projector import Projector
 from ett.tokenizers import VisionTokenizer
 from ett.types import DRAWN_INDEX
@@ -156,6 +157,20 @@ class Drawing:
             ModelError: no image head, or more positions than the language model has.
             ValueError: numbers of rows and seeds that do not fit, or a grid larger than the projector's.
         """
+        indices = self.generate_image_indices(input_ids, attention_mask, grid, seeds, sampling, on_token)
+        return GeneratedImages(indices, self.vision_tokenizer.detokenize(indices))
+
+    @torch.no_grad()
+    def generate_image_indices(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        grid: tuple[int, int],
+        seeds: Sequence[int],
+        sampling: ImageSampling = ImageSampling(),
+        on_token: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """int64[B, h, w] in [0, K): what `generate_images` draws, not decoded."""
         branches = 2 if sampling.guided else 1
         if len(input_ids) != branches * len(seeds):
             raise ValueError(
@@ -163,20 +178,20 @@ class Drawing:
                 f"of input_ids, got {len(input_ids)}. Prepare them with EttProcessor.drawing_inputs(guided={sampling.guided})."
             )
         steps = DrawingSteps(self, input_ids, attention_mask, grid)
-        sources = generators(seeds, input_ids.device) if sampling.temperature > 0 else []
+        uniforms = uniform_numbers(seeds, steps.num_tokens, input_ids.device)
         drawn: list[Tensor] = []
-        logits = steps.first()
+        hidden = steps.first()
         for token in range(steps.num_tokens):
             if sampling.guided:
-                conditional, plain = logits.float().chunk(2)
-                logits = plain + sampling.scale(token, steps.num_tokens) * (conditional - plain)
-            drawn.append(draw_tokens(logits, sampling, sources))
+                # heads are linear: guidance of hidden states is guidance of logits, for one head instead of two
+                conditional, plain = hidden.float().chunk(2)
+                hidden = plain + sampling.scale(token, steps.num_tokens) * (conditional - plain)
+            drawn.append(draw_tokens(steps.logits(hidden), sampling, uniforms[token]))
             if token + 1 < steps.num_tokens:
-                logits = steps.next(drawn[-1].repeat(branches))
+                hidden = steps.next(drawn[-1])
             if on_token is not None:
                 on_token(token + 1)
-        indices = torch.stack(drawn, dim=1).unflatten(1, grid)
-        return GeneratedImages(indices, self.vision_tokenizer.detokenize(indices))
+        return torch.stack(drawn, dim=1).unflatten(1, grid)
 
     def token_embeddings(self, indices: Tensor, number: int, width: int) -> Tensor:
         """float[R, 1, C]: int64[R] tokens, each token `number` (0-based) of its picture of `width` columns, as the language
@@ -190,7 +205,7 @@ class Drawing:
 
 
 class DrawingSteps:
-    """The language model's side of drawing: prompts in, then token after token, each time the next one's logits.
+    """The language model's side of drawing: prompts in, then token after token, each time the hidden state before the next.
 
     Args:
         model: in evaluation mode. input_ids, attention_mask: int64[R, T], padded on the left. grid: (h, w).
@@ -220,41 +235,23 @@ class DrawingSteps:
                 f"A grid of {grid[0]} x {grid[1]} tokens is larger than the projector's grid_positions "
                 f"({table.num_embeddings}). Draw a smaller picture."
             )
-        self.decoder = model.language_model.get_decoder()
-        self.cache = StaticCache(model.config.text_config, max_cache_len=length + positions)
-        self.real = torch.cat([attention_mask, attention_mask.new_ones(rows, positions)], dim=1).bool()
-        self.places = torch.arange(length + positions, device=input_ids.device)
-        self.lengths = attention_mask.sum(dim=1, keepdim=True)
-        self.drawn, self.taken = 0, 0
+        decoder = model.language_model.get_decoder()
+        real = torch.cat([attention_mask, attention_mask.new_ones(rows, positions)], dim=1).bool()
+        self.reader = reader_for(decoder, model.config.text_config, real)
+        self.dtype = decoder.dtype
+        self.drawn = 0
 
     def first(self) -> Tensor:
-        """float[R, K]: logits of the first token."""
+        """float[R, C]: the hidden state before the first token."""
         embeds = self.model.language_model.get_input_embeddings()(self.input_ids)
-        length = self.input_ids.shape[1]
-        positions = (self.real[:, :length].long().cumsum(dim=1) - 1).clamp(min=0)
-        return self._logits(embeds, positions, self.places[:length])
+        return self.reader.read(embeds.to(self.dtype))
 
     def next(self, indices: Tensor) -> Tensor:
-        """float[R, K]: logits of the token behind int64[R] `indices`."""
-        embeds = self.model.token_embeddings(indices, self.drawn, self.width)
-        first, count = self.input_ids.shape[1] + self.taken, embeds.shape[1]
-        offsets = self.places[self.taken : self.taken + count]
-        found = self._logits(embeds, self.lengths + offsets, self.places[first : first + count])
-        self.drawn, self.taken = self.drawn + 1, self.taken + count
-        return found
+        """float[R, C]: the hidden state behind int64[B] `indices`, B = R, or R / 2 where rows come with and without prompt."""
+        embeds = self.model.token_embeddings(indices, self.drawn, self.width).to(self.dtype)
+        self.drawn += 1
+        return self.reader.read(embeds.repeat(len(self.input_ids) // len(indices), 1, 1))
 
-    def _logits(self, embeds: Tensor, positions: Tensor, places: Tensor) -> Tensor:
-        """From float[R, Q, C] at the cache's int64[Q] `places`, which count int64[R, Q] `positions` from the prompt's start."""
-        embeds = embeds.to(self.decoder.dtype)
-        # a mask of two dimensions would be looked at by the library, which waits for the device
-        seen = self.real[:, None, None, :] & (self.places <= places[:, None])
-        mask = torch.zeros_like(seen, dtype=embeds.dtype).masked_fill(~seen, torch.finfo(embeds.dtype).min)
-        outputs = self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        return cast(Tensor, self.head(outputs.last_hidden_state[:, -1], self.codes))
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float[B, K] of float[B, C]: the image head alone."""
+        return cast(Tensor, self.head(hidden, self.codes))

@@ -52,27 +52,31 @@ class ImageSampling:
         return 1 + (self.guidance - 1) * share[self.guidance_schedule]
 
 
-def generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
-    """One source of randomness for each picture: what is drawn does not depend on its neighbours in the batch."""
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+def uniform_numbers(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """float64[count, B] in [0, 1): all that is random in B pictures of `count` tokens.
+
+    A column comes from its own seed, on the CPU: what is drawn depends neither on neighbours in the batch nor on the device's
+    source of randomness.
+    """
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+    columns = [torch.rand(count, generator=source, dtype=torch.float64) for source in sources]
+    # below 1 by so much that no product with a sum of probabilities rounds up to that sum
+    return torch.stack(columns, dim=1).clamp_(max=1 - 2**-52).to(device)
 
 
-def draw_tokens(logits: Tensor, sampling: ImageSampling, sources: Sequence[torch.Generator]) -> Tensor:
+def draw_tokens(logits: Tensor, sampling: ImageSampling, uniforms: Tensor) -> Tensor:
     """int64[B]: a token for each row; nothing here waits for the device.
 
-    A draw from softmax(l) is the argmax of ``softmax(l) / e`` with e exponential, the plain loop being: for every row, walk
-    through the cumulated probabilities until they pass a uniform number.
+    The plain loop: for every row, walk through the cumulated probabilities until they pass a uniform number.
 
     Args:
-        logits: float[B, K], guidance applied. sources: B of them, each advanced by K numbers (by none at temperature 0).
+        logits: float[B, K], guidance applied. uniforms: float64[B] in [0, 1) of `uniform_numbers`; unused at temperature 0.
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = kept(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p).softmax(dim=-1)
-    noise = torch.empty_like(probabilities)
-    for row, source in zip(noise, sources, strict=True):
-        row.exponential_(generator=source)
-    return (probabilities / noise).argmax(dim=-1)
+    sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    return torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True).squeeze(1)
 
 
 def kept(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ett.config import require
 from ett.tokenizers.norm_swish import norm_swish
+from ett.tokenizers.upsampling import doubled_convolution
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return doubled_convolution(self.conv, x)
 
 
 class Level(nn.Module):

@@ -20,6 +20,7 @@ from ett.experiments.plan.stand_ins import StandIns
 from ett.experiments.plan.tracker import Tracker
 from ett.experiments.recipe import Recipe
 from ett.model.build import build_model, build_vision_tokenizer
+from ett.train.stages import train_decoder
 
 CPU = Target("cpu-2core", HARDWARE["cpu-2core"])
 
@@ -72,6 +73,19 @@ def test_parameters_are_exact_and_states_follow(recipe: Recipe) -> None:
     alone = of(stages, "tokenizer")
     assert alone.parameters == {"vision_tokenizer": sum(p.numel() for p in model.vision_tokenizer.parameters())}
     assert of(stages, "align").trainable["language_model"] == 0
+
+
+def test_a_decoder_stage_trains_the_decoder_alone(recipe: Recipe) -> None:
+    semantic = next(stage for stage in recipe.stages if stage.stage == "semantic")
+    (found,) = plan(replace(recipe, stages=(replace(semantic, stage="decoder"),)), CPU)
+    tokenizer = build_vision_tokenizer(recipe.model)
+    train_decoder(tokenizer)
+    numbers = {
+        flag: sum(p.numel() for p in tokenizer.parameters() if p.requires_grad is flag) for flag in (True, False)
+    }
+    assert min(numbers.values()) > 0
+    assert found.trainable == {"vision_tokenizer": numbers[True], "projector": 0, "language_model": 0}
+    assert found.parameters["vision_tokenizer"] == sum(numbers.values())
 
 
 def test_smaller_micro_batches_take_less_and_compute_the_same(recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from ett.model import EttForConditionalGeneration, EttProcessor
 from ett.model.build import ModelSpec, build_model, build_vision_tokenizer, start_from
 from ett.model.drawing import DrawingSteps
 from ett.model.image_head import ImageHead, ImageHeadConfig
-from ett.model.image_sampling import ImageSampling, draw_tokens, generators, kept
+from ett.model.image_sampling import ImageSampling, draw_tokens, kept, uniform_numbers
 from ett.model.loading import load_model
 from ett.tokenizers import VisionTokenizer
 from ett.types import DRAWN_INDEX, IGNORE_INDEX, Batch, Example
@@ -246,9 +246,10 @@ def test_cached_logits_are_the_teacher_forced_ones(kind: str, changes: dict[str,
     indices = model.vision_tokenizer.tokenize(batch.pixel_values).flatten(1)
     steps = DrawingSteps(model, **processor.drawing_inputs(["cat", "a red apple", ""], guided=False), grid=GRID)
     with torch.no_grad():
-        cached = [steps.first(), *(steps.next(indices[:, token]) for token in range(63))]
+        hidden = [steps.first(), *(steps.next(indices[:, token]) for token in range(63))]
+        cached = steps.logits(torch.stack(hidden, dim=1))
     assert forced.std() > 1
-    torch.testing.assert_close(torch.stack(cached, dim=1), forced, rtol=0, atol=1e-4)
+    torch.testing.assert_close(cached, forced, rtol=0, atol=1e-4)
 
 
 def test_greedy_drawing_is_the_chain_of_likeliest_tokens() -> None:
@@ -358,14 +359,14 @@ def test_a_reading_model_gets_a_head(tmp_path: Path) -> None:
 def test_draws_follow_the_softmax() -> None:
     """Frequencies of 4,000 draws within four standard deviations, and none outside of top-k and top-p."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
-    source = generators([1], torch.device("cpu")) * 4000
+    uniforms = uniform_numbers([1], 4000, torch.device("cpu"))[:, 0]
     many = logits.expand(4000, 5)
     p = (logits / 0.7).softmax(-1)
-    counts = torch.bincount(draw_tokens(many, ImageSampling(temperature=0.7), source), minlength=5)
+    counts = torch.bincount(draw_tokens(many, ImageSampling(temperature=0.7), uniforms), minlength=5)
     assert ((counts - 4000 * p).abs() <= 4 * (4000 * p * (1 - p)).sqrt()).all()
-    assert set(draw_tokens(many, ImageSampling(top_k=2), source).tolist()) == {0, 1}
+    assert set(draw_tokens(many, ImageSampling(top_k=2), uniforms).tolist()) == {0, 1}
     mass = logits.softmax(-1).cumsum(-1)
-    assert set(draw_tokens(many, ImageSampling(top_p=float(mass[2]) - 1e-3), source).tolist()) == {0, 1, 2}
+    assert set(draw_tokens(many, ImageSampling(top_p=float(mass[2]) - 1e-3), uniforms).tolist()) == {0, 1, 2}
 
 
 def test_the_likeliest_token_is_always_kept() -> None:
