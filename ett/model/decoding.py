@@ -109,11 +109,11 @@ class PlainReader(Reader):
         angles = self.cosines[:, :, chosen], self.sines[:, :, chosen]
         mask = self.padding[..., :end] if count == 1 else self._mask(chosen, end, embeds.dtype)
         hidden = embeds
-        for layer, cache in zip(self.layers, self.caches, strict=True):
+        for layer, held in zip(self.layers, self.caches, strict=True):
             attention = layer.self_attn
             x = _normed(layer.input_layernorm, hidden)
             query = _rotated(self._heads(attention.q_proj(x)), *angles)
-            keys, values = (kept[:, :, :end] for kept in cache)
+            keys, values = (kept[:, :, :end] for kept in held)
             keys[:, :, chosen.start :] = _rotated(self._heads(attention.k_proj(x)), *angles)
             values[:, :, chosen.start :] = self._heads(attention.v_proj(x))
             attended = self._attend(query, keys, values, mask, attention.scaling)
