@@ -23,7 +23,7 @@ from ett.model.processing import EttProcessor
 
 CELL, MARGIN, CAPTION = 96, 8, 14
 """Side of a picture, space around it, and height of the words under it [pixels]."""
-HEADINGS = ("drawn", "asked for", "nearest training picture")
+HEADINGS = ("drawn", "asked for", "nearest trained on")
 
 
 @dataclass(frozen=True)
