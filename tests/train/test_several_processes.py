@@ -96,10 +96,10 @@ def test_two_processes_equal_one_within_1e5_over_ten_semantic_steps(
 def test_one_run_goes_from_ddp_to_fsdp_to_a_single_process(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
     """Checkpoints hold the whole state, whoever wrote them; moving averages among it. Without accumulation every number of
     processes takes the same step."""
-    recipe = semantic(toy_recipe, 40)
+    # short: from step 34 on, two processes drift from one by more than 1e-5, by rounding and without any hand-over
+    steps = 24
+    recipe = semantic(toy_recipe, steps)
     recipe["stages"][0] |= {"ema_decay": 0.9, "micro_batch_size": None, "checkpoint_every": None}
-    # over 40 steps rounding grows with the rate: at the paper's, to 1.4e-5 of the entropy term
-    recipe["stages"][0]["optimizer"] = {"learning_rate": RATE / 4}
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     Run(from_mapping(Recipe, recipe), whole).train()
     reached = 0
@@ -113,9 +113,9 @@ def test_one_run_goes_from_ddp_to_fsdp_to_a_single_process(toy_recipe: dict[str,
         saved = list_checkpoints(moved / "checkpoints", "semantic")[-1]
         assert saved.step > reached
         reached = saved.step
-    assert reached < 40
+    assert reached < steps
     complete(write(recipe, tmp_path / "alone.yaml"), moved, 1, "--resume")
-    assert_equal_runs(whole, moved, 40)
+    assert_equal_runs(whole, moved, steps)
 
 
 @pytest.mark.slow
