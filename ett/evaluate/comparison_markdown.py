@@ -42,6 +42,8 @@ def comparison_markdown(summary: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     plain = INTERVAL.replace("\u00a0", " ")
     said = f"In brackets the paired difference from {arm_title(reference)}, with its {plain} over examples and seeds."
+    if left := summary.get("unfinished_seeds"):
+        said += f" Not yet finished, and not in any figure: seeds {', '.join(map(str, left))}."
     return "\n".join([said, "", *lines]) + "\n"
 
 

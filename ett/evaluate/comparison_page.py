@@ -115,6 +115,8 @@ def _introduction(summary: Summary) -> str:
     arms, changes, seeds, split = summary["arms"], _changes(summary), seeds_of(summary), split_of(summary)
     steps = _steps(summary)
     each = f"{len(seeds)} seeds ({', '.join(seeds)})" if len(seeds) > 1 else "one seed"
+    if left := summary.get("unfinished_seeds"):
+        each += f" (not yet finished, and not in any figure: {', '.join(map(str, left))})"
     kept = (
         "held-out data, which nothing was trained or tuned on"
         if split == "heldout"

@@ -137,9 +137,8 @@ def _pending_trials(comparison: Comparison, out: Path) -> list[_Job]:
 def _pending(comparison: Comparison, out: Path) -> list[_Job]:
     """What is not finished: seed by seed, so that what is interrupted has whole ones; of each, arms that tune the tokenizer
     first, for they take longest; and the start last."""
-    seeds = list(dict.fromkeys(arm.seed for arm in comparison.arms))
     arms = [arm for arm in comparison.arms if not (out / arm.folder / EVALUATION_NAME).is_file()]
-    arms.sort(key=lambda arm: (seeds.index(arm.seed), _cost(arm)))
+    arms.sort(key=lambda arm: (comparison.seeds.index(arm.seed), _cost(arm)))
     found = [_Job(arm.key, out / arm.folder, steps_of(arm.recipe), arm.needs) for arm in arms]
     recipe = comparison.arms[0].recipe
     if recipe.model.init is not None and not (out / START / EVALUATION_NAME).is_file():

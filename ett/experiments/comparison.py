@@ -124,6 +124,11 @@ class Comparison:
                 return arm
         raise RecipeError(unknown("arm", key, [arm.key for arm in self.arms]))
 
+    def finished(self, out: Path) -> Comparison:
+        """This comparison with those seeds alone of which every arm was measured in folder `out`; it may have none."""
+        missing = {arm.seed for arm in self.arms if not (out / arm.folder / EVALUATION_NAME).is_file()}
+        return replace(self, arms=[arm for arm in self.arms if arm.seed not in missing])
+
     def root(self, arm: Arm) -> Arm:
         """The first in the chain of arms that `arm` starts from; `arm` itself where it starts from none."""
         while arm.needs is not None:

@@ -49,19 +49,23 @@ PROOFS = _PACKAGE / "results" if (_PACKAGE / "results").is_dir() else _PACKAGE.p
 
 
 def write_comparison_report(out: str | Path) -> Path:
-    """Write ``report.html``, ``report.json``, ``table.md`` and ``pareto.svg`` into a comparison's folder, from what its
-    finished arms left there.
+    """Write ``report.html``, ``report.json``, ``table.md`` and ``pareto.svg`` into a comparison's folder, from what the
+    finished seeds left there; the others are named.
 
     Returns:
         The path of ``report.html``.
 
     Raises:
-        UserError: an arm is not finished, or a file cannot be read or written.
+        UserError: no seed has all its arms yet, or a file cannot be read or written.
     """
     folder = Path(out)
-    comparison = open_comparison(folder)
+    whole = open_comparison(folder)
+    comparison = whole.finished(folder)
+    if not comparison.arms:
+        raise UserError(f"No seed of the comparison in {folder} has all its arms yet. Go on with --resume.")
     evaluations = {arm.key: read_evaluation(folder / arm.folder / EVALUATION_NAME) for arm in comparison.arms}
     summary = summarize_comparison(comparison, folder, evaluations)
+    summary["unfinished_seeds"] = [seed for seed in whole.seeds if seed not in comparison.seeds]
     firsts = {name: comparison.of(name)[0] for name in comparison.names}
     facts = ComparisonFacts(
         summary=summary,

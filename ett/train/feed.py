@@ -52,10 +52,6 @@ class Step:
     skipped: tuple[Skipped, ...]
 
 
-class LoaderDied(UserError):
-    """A process that reads pictures ended by itself."""
-
-
 def steps_of(
     data: StageData,
     config: StageConfig,

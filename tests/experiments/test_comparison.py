@@ -129,11 +129,19 @@ def test_all_arms_are_trained_measured_and_reported(recipe: Path, compared: Path
 
 def test_seeds_have_folders_of_their_own(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    # in this process: what is tested is what they leave behind
-    monkeypatch.setattr(ablate_module, "_run_all", lambda pending, *_: [run_only(out, job.key) for job in pending])
+    done: list[str] = []
+
+    def run_all(pending: list[Any], *_: Any) -> None:
+        """In this process: what is tested is what they leave behind."""
+        for job in pending:
+            run_only(out, job.key)
+            done.append(job.key)
+
+    monkeypatch.setattr(ablate_module, "_run_all", run_all)
     arms = "arms={reconstruction_only: {}, ett: {stages.semantic.steps: 2}}"
     overrides = ["seeds=[3, 4]", "stages.semantic.steps=3", arms]
     ablate(recipe, out, overrides)
+    assert [key.rpartition(":")[2] for key in done] == ["3", "3", "4", "4", *(["start"] if "start" in done else [])]
     summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
     arm = summary["arms"]["ett"]
     assert list(arm["seeds"]) == ["3", "4"]
@@ -142,6 +150,18 @@ def test_seeds_have_folders_of_their_own(recipe: Path, tmp_path: Path, monkeypat
     assert losses[0] != losses[1]
     assert arm["metrics"]["caption_loss"]["value"] == pytest.approx(sum(losses) / 2, abs=1e-6)
     assert summary["differences"]["reconstruction_only - ett"]["caption_loss"]["num_seeds"] == 2
+    assert summary["unfinished_seeds"] == []
+    # stopped within the second seed: the first is reported, and the other named
+    (out / "ett" / "seed-4" / "evaluation.json").unlink()
+    page = write_comparison_report(out).read_text(encoding="utf-8")
+    summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert summary["arms"]["ett"]["metrics"]["caption_loss"]["value"] == pytest.approx(losses[0], abs=1e-6)
+    assert summary["unfinished_seeds"] == [4]
+    for said in (page, (out / "table.md").read_text(encoding="utf-8")):
+        assert "ot yet finished, and not in any figure" in said
+    (out / "reconstruction_only" / "seed-3" / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"No seed .* has all its arms yet.*--resume"):
+        write_comparison_report(out)
 
 
 def test_stopped_and_resumed_equals_uninterrupted(recipe: Path, compared: Path, tmp_path: Path) -> None:
