@@ -98,6 +98,13 @@ def test_smaller_micro_batches_take_less_and_compute_the_same(recipe: Recipe) ->
     assert parts.flops == pytest.approx(whole.flops, rel=0.2)
 
 
+def test_a_recipe_that_stops_at_a_collapse_is_planned(recipe: Recipe) -> None:
+    """What stands in for the pictures all takes one code."""
+    strict = replace(recipe.stages[0], health=replace(recipe.stages[0].health, on_collapse="stop"))
+    (stage,) = plan(replace(recipe, stages=(strict,)), CPU)
+    assert stage.peak > 0
+
+
 def test_what_does_not_fit_is_said_with_the_knob(recipe: Recipe) -> None:
     (stage, *_) = plan(replace(recipe, stages=recipe.stages[:1]), replace(CPU, memory=2**20))
     assert stage.warning is not None
