@@ -31,14 +31,16 @@ def add_comparison_options(sub: argparse.ArgumentParser) -> None:
 
 
 def add_model(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", metavar="MODEL", type=Path, help="a folder written by ett train or save_pretrained")
+    sub.add_argument("model", metavar="MODEL", type=Path, help="a run or saved model, or a shipped name: reader_64px")
 
 
-def add_source_options(sub: argparse.ArgumentParser) -> None:
+def add_source_options(sub: argparse.ArgumentParser, split: str = "validation") -> None:
     sub.add_argument(
         "--image-root", metavar="DIR", type=Path, help="a folder outside the manifest's whose pictures may be read"
     )
-    sub.add_argument("--split", help="of the built-in data: validation (default), or heldout for all final ones")
+    sub.add_argument(
+        "--split", help=f"of the built-in data: validation, or heldout for all final ones (default: {split})"
+    )
 
 
 def positive(text: str) -> int:

@@ -46,7 +46,7 @@ def register(add: Add) -> None:
     sub.add_argument(
         "--data", metavar="NAME", nargs="+", help="names, questions, drawn_text, drawn_scenes, or a manifest's path"
     )
-    add_source_options(sub)
+    add_source_options(sub, "heldout")
     sub.add_argument("--limit", type=positive, help="examples of each source")
 
     sub = add("report", _report, "write a run's report.html", "ett report runs/demo")
@@ -63,6 +63,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     if arguments.data and arguments.split:
         raise UserError("A manifest has no splits: give --data or --split, not both.")
+    folder = resolve_model_folder(arguments.model)
     split = arguments.split or "validation"
     if arguments.data:
         sources = manifest_source(arguments.data, arguments.image_root)
@@ -71,7 +72,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         sources = builtin_sources(split)
     tasks = [name.strip() for name in arguments.tasks.split(",")] if arguments.tasks else None
-    model, tokenizer, processor = load_for_evaluation(resolve_model_folder(arguments.model))
+    model, tokenizer, processor = load_for_evaluation(folder)
     initial = None
     if arguments.initial:
         _, initial, _ = load_for_evaluation(resolve_model_folder(arguments.initial))

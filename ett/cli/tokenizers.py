@@ -69,11 +69,10 @@ def _tokenizer_report(arguments: argparse.Namespace) -> int:
     from ett.evaluate.sources import named_sources
     from ett.evaluate.tokenizer_report import labels, write_tokenizer_report
     from ett.experiments.run import resolve_model_folder
-    from ett.model.loading import find_weights
 
     quiet_libraries()
     given = [name.strip() for name in arguments.data.split(",")] if arguments.data else []
-    folders = [resolve_model_folder(find_weights(name)) for name in arguments.tokenizers]
+    folders = [resolve_model_folder(name) for name in arguments.tokenizers]
     path, notes = write_tokenizer_report(
         dict(zip(labels(arguments.tokenizers), folders, strict=True)),
         named_sources(given, arguments.split, arguments.image_root),

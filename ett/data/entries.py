@@ -119,7 +119,7 @@ class Lines(Manifest, Entries):
         return f"{self.path}:{self._lines[index]}"
 
     def read(self, index: int) -> Entry:
-        with self._open() as file:
+        with self._unchanged() as file:
             file.seek(self._offsets[index])
             data = file.readline(MAX_LINE_BYTES + 1)
         line = self._lines[index]

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -74,7 +75,7 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}. Is the file complete?") from error
     head = 4 + 4 * dimensions
     if len(data) < head or data[:4] != bytes([0, 0, _UNSIGNED_BYTES, dimensions]):

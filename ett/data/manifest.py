@@ -20,6 +20,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -109,9 +110,7 @@ class Manifest(Source):
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} examples; there is no number {index}.")
         line = self._lines[index]
-        with self._open() as file:
-            if _stamp(file.fileno()) != self._stamp:
-                raise DataError(f"{self.path} was changed while in use. Leave it as it is during a run; start again.")
+        with self._unchanged() as file:
             record = self._read_one(file, index)
         try:
             images = [load_image(picture) for picture in record.pictures]
@@ -126,6 +125,14 @@ class Manifest(Source):
             for record in (self._read_one(file, index) for index in range(len(self))):
                 digest.update(repr((record, [_stamp(p) for p in record.pictures if isinstance(p, str)])).encode())
         return digest.hexdigest()
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[BinaryIO]:
+        """The file, open, if it is the one whose lines' places are known."""
+        with self._open() as file:
+            if _stamp(file.fileno()) != self._stamp:
+                raise DataError(f"{self.path} was changed while in use. Leave it as it is during a run; start again.")
+            yield file
 
     def _open(self) -> BinaryIO:
         try:

@@ -160,6 +160,9 @@ class Limited(Source):
     def of(source: Source, limit: int | None) -> Source:
         return source if limit is None else Limited(source, limit)
 
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
     def __len__(self) -> int:
         return self._length
 
@@ -176,6 +179,9 @@ class PartlyAsked(Source):
         self.name = source.name
         self._source = source
         self._share = share
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
 
     def __len__(self) -> int:
         return len(self._source)

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 
 from ett.errors import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_UNPACKED = 2**30
 """Largest gzipped shard that is unpacked [bytes]; a larger one is refused, whatever its header claims."""
 
@@ -41,11 +40,6 @@ class ShardSample:
     shard: Path
     key: str
     members: Mapping[str, tuple[int, int]]
-
-    @property
-    def image_extension(self) -> str | None:
-        """The first of `IMAGE_EXTENSIONS` that the sample has."""
-        return next((extension for extension in IMAGE_EXTENSIONS if extension in self.members), None)
 
 
 class ShardIndex(Sequence[ShardSample]):

@@ -162,7 +162,8 @@ def drawings(shown: Sequence[ComparedPicture], reference: str) -> str:
     if not shown:
         return ""
     note = (
-        "<p>Prompts of the judges, spread over their data, each drawn once with the same seed; nothing is picked. The "
+        "<p>Prompts of the judges, spread over their data, each drawn once, with the same seed in every arm; nothing is "
+        "picked. The "
     )
     return f"{note}original is the real picture of the prompt.</p>" + "".join(
         _row(each, None, reference, 1) for each in shown

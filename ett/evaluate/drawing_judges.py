@@ -107,7 +107,7 @@ def judge_drawings(
     asked_names = [names[index] for index in wanted]
     target = features[wanted]
 
-    requests = [Request(prompt_of(real[index], prompt), seed) for index in wanted]
+    requests = [Request(prompt_of(real[index], prompt), seed + i) for i, index in enumerate(wanted)]
     drawn = draw(model, processor, requests, sampling, batch_size=batch_size, on_token=on_token)
     found: dict[str, tuple[list[Tensor], list[str]]] = {}
     found["drawn"] = ([torch.from_numpy(to_array(picture.image)) for picture in drawn], asked_names)
@@ -124,7 +124,7 @@ def judge_drawings(
         row = {f"retrieval_top{top}": Metric.mean(search.hits(seen, called, top)) for top in TOPS}
         row[f"choice_of_{CHOICES}"] = Metric.mean(search.choices(seen, called, CHOICES))
         row["frechet_distance"] = Metric(frechet_distance(_moments(seen), _moments(target)), len(seen))
-        row["kernel_distance"] = Metric(kernel_distance(seen, target), len(seen))
+        row["kernel_distance"] = Metric(kernel_distance(seen, target, paired=who == "reconstructed"), len(seen))
         rows[who] = row
     chance = {f"retrieval_top{top}": search.chance(asked_names, top) for top in TOPS}
     chance[f"choice_of_{CHOICES}"] = 1 / CHOICES

@@ -73,14 +73,16 @@ def shown_pictures(
     """What the judges of drawn text and scenes see: by row, an RGB picture for each example.
 
     Args:
-        prompt: what is asked for, as ``ett.data.drawing.Drawings`` takes it. seed: of every drawing.
+        prompt: what is asked for, as ``ett.data.drawing.Drawings`` takes it.
+        seed: of the first drawing; each further one has the next.
 
     Raises:
         DataError: no example. ModelError: as `draw`.
     """
     if not examples:
         raise DataError("The judges need at least one picture to ask for.")
-    asked = [Request(prompt_of(example, prompt), seed) for example in examples]
+    # a seed each: equal prompts would otherwise give one picture, counted several times
+    asked = [Request(prompt_of(example, prompt), seed + i) for i, example in enumerate(examples)]
     drawn = draw(model, processor, asked, sampling, batch_size=batch_size, on_token=on_token)
     pixels = [fitted(processor, example) for example in examples]
     return {

@@ -10,23 +10,30 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def kernel_distance(first: Tensor, second: Tensor) -> float:
+def kernel_distance(first: Tensor, second: Tensor, *, paired: bool = False) -> float:
     """Unbiased squared discrepancy of float[n, F] and float[m, F], computed in float64; about 0, and as often below as above,
     where both come from one distribution.
 
     The plain loop: the mean of k(x, x') over pairs of different vectors of the first set, and likewise of the second, minus
     twice the mean of k(x, y) over pairs of one from each, with ``k(x, y) = (x·y / F + 1)³``.
 
+    Args:
+        paired: vector i of one set was made from vector i of the other, and n = m: such pairs tell nothing of the sets, and are
+            left out of the mean over pairs of one from each, which they would bias.
+
     Raises:
-        ValueError: fewer than two vectors in a set, or vectors of different sizes.
+        ValueError: fewer than two vectors in a set, vectors of different sizes, or pairs of sets that are not equally large.
     """
     if min(len(first), len(second)) < 2 or first.shape[1:] != second.shape[1:]:
         raise ValueError(
             f"Two sets of at least two vectors of one size can be compared, not {list(first.shape)} and {list(second.shape)}."
         )
+    if paired and len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} vectors are no pairs.")
     x, y = first.double(), second.double()
     within = sum(_mean_of_pairs(_kernel(each, each)) for each in (x, y))
-    return float(within - 2 * _kernel(x, y).mean())
+    across = _kernel(x, y)
+    return float(within - 2 * (_mean_of_pairs(across) if paired else across.mean()))
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ import yaml
 
 from ett.errors import DataError, ModelError, UserError
 from ett.images import load_image
-from ett.model.loading import is_saved_model
+from ett.model.loading import find_weights, is_saved_model
 
 LOG_NAME, RECIPE_NAME = "log.jsonl", "recipe.yaml"
+COMPARISON_NAME = "comparison.json"
+"""Marks the folder of a comparison, whose arms are runs."""
 PICTURES_NAME, PICTURES_FOLDER = "samples.json", "samples"
 
 Pictures = Sequence[tuple[str, PIL.Image.Image, PIL.Image.Image]]
@@ -49,16 +51,18 @@ class RunFacts:
         return [event for event in self.events if event["stage"] == stage and event.get("event") == kind]
 
 
-def resolve_model_folder(path: Path) -> Path:
-    """The folder that holds weights: `path` itself, or the last finished stage of the run in it.
+def resolve_model_folder(given: str | Path) -> Path:
+    """The folder that holds weights: `given` itself, the last finished stage of the run in it, or the shipped one of that name.
 
     Raises:
-        ModelError: there is neither.
+        ModelError: there is none of these, or `given` holds several arms.
     """
-    if not path.exists():
-        raise ModelError(f"There is no {path}. Give a folder written by `ett train` or save_pretrained.")
+    path = find_weights(given)
     if is_saved_model(path) or not (path / RECIPE_NAME).is_file():
         return path
+    if (path / COMPARISON_NAME).is_file():
+        arms = sorted({str(stages.parent) for stages in (*path.glob("*/stages"), *path.glob("*/seed-*/stages"))})
+        raise ModelError(f"{path} is a comparison. Give one of its arms: {', '.join(arms) or 'none is there yet'}.")
     stages = sorted(path.glob("stages/[0-9]*-*"), key=lambda p: int(p.name.split("-")[0]))
     if not stages:
         raise ModelError(

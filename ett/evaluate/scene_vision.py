@@ -60,7 +60,7 @@ def see(picture: PIL.Image.Image) -> list[Seen]:
         for region in regions(cover > 0.5):
             if region.sum() >= SMALLEST * region.size:
                 ink = _ink(pixels, region, distance)
-                seen = _shape(np.where(_grown(region), cover, 0.0), region)
+                seen = _shape(np.where(_grown(region), cover, 0.0))
                 if seen.likeness >= LIKENESS:
                     found.append(Seen(seen.name, nearest_colour(ink), seen.centre, _box(region), seen.likeness))
     return sorted(found, key=lambda each: -each.likeness)
@@ -169,7 +169,7 @@ class _Match:
     centre: tuple[float, float]
 
 
-def _shape(cover: Array, region: Mask) -> _Match:
+def _shape(cover: Array) -> _Match:
     """The shape that overlaps most, laid over `cover` with the same area and the same centroid."""
     area = cover.sum()
     ys, xs = np.indices(cover.shape) + 0.5

@@ -27,6 +27,7 @@ from ett.errors import RecipeError, UserError, unknown
 from ett.evaluate.drawing_report import judge_all
 from ett.evaluate.reading import DISTRIBUTION
 from ett.evaluate.run import evaluate, load_for_evaluation, versions
+from ett.evaluate.run_folder import COMPARISON_NAME
 from ett.evaluate.sources import NamedSources, builtin_sources
 from ett.experiments.folder import RECIPE_NAME, RunFolder
 from ett.experiments.recipe import Recipe, read_values, recipe_of_arm
@@ -43,7 +44,6 @@ from ett.experiments.search import (
 from ett.model.loading import find_weights, load_vision_tokenizer
 from ett.tokenizers import VisionTokenizer
 
-MARKER_NAME = "comparison.json"
 EVALUATION_NAME = "evaluation.json"
 OUTPUT_SUFFIX = ".output.txt"
 """OUT/<arm>-<seed>.output.txt holds what that arm's process printed."""
@@ -232,7 +232,7 @@ class ComparisonFolder:
             return
         if not is_comparison(path):
             raise RecipeError(
-                f"{path} is not a comparison's folder (it has no {MARKER_NAME}), so it is neither continued nor deleted. "
+                f"{path} is not a comparison's folder (it has no {COMPARISON_NAME}), so it is neither continued nor deleted. "
                 "Choose another with --out."
             )
         if not (resume or overwrite):
@@ -256,7 +256,7 @@ class ComparisonFolder:
             if not is_comparison(path):
                 (path / RECIPE_NAME).write_text(self.comparison.dump, encoding="utf-8")
                 marker = {"ett": __version__, "arms": self.comparison.names, "seeds": self.comparison.seeds}
-                (path / MARKER_NAME).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+                (path / COMPARISON_NAME).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise RecipeError(
                 f"{path} cannot be written: {error.strerror}. Choose another folder with --out."
@@ -274,7 +274,7 @@ class ComparisonFolder:
             if folder.is_dir():
                 RunFolder(folder, trial.recipe, resume=False, overwrite=True).clear()
                 (folder / TRIAL_NAME).unlink(missing_ok=True)
-        for name in (f"{START}/{EVALUATION_NAME}", SEARCH_NAME, *REPORTS, RECIPE_NAME, MARKER_NAME):
+        for name in (f"{START}/{EVALUATION_NAME}", SEARCH_NAME, *REPORTS, RECIPE_NAME, COMPARISON_NAME):
             (self.path / name).unlink(missing_ok=True)
         for output in self.path.glob(f"*{OUTPUT_SUFFIX}"):
             output.unlink()
@@ -282,7 +282,7 @@ class ComparisonFolder:
 
 def is_comparison(path: Path) -> bool:
     """Whether `path` is the folder of a comparison."""
-    return (path / MARKER_NAME).is_file() and (path / RECIPE_NAME).is_file()
+    return (path / COMPARISON_NAME).is_file() and (path / RECIPE_NAME).is_file()
 
 
 def run_arm(comparison: Comparison, arm: Arm, out: Path) -> Path:

@@ -165,9 +165,11 @@ def committed_proof(comparison: Comparison) -> dict[str, Any] | None:
 
 
 def _pictures(firsts: Mapping[str, Arm], folder: Path) -> list[ComparedPicture]:
-    """A few pictures of every source, with what each arm's tokenizer makes of them."""
+    """A few pictures of every source that has any, with what each arm's tokenizer makes of them."""
     recipe = next(iter(firsts.values())).recipe
     sources = [(name, source) for name, source in report_sources(recipe) if source[0].images]
+    if not sources:
+        return []
     captions, originals = list[str](), list[PIL.Image.Image]()
     for i in range(SHOWN_PICTURES):
         name, source = sources[i % len(sources)]
@@ -207,7 +209,7 @@ def _drawings(firsts: Mapping[str, Arm], folder: Path) -> list[ComparedPicture]:
         images = processor.image_processor
         asked = asked_examples(config, min(images.height, images.width), SHOWN_PICTURES)
         originals = [from_array(images.fit(example.images[0])[0]) for _, example in asked]
-        requests = [Request(prompt, config.seed) for prompt, _ in asked]
+        requests = [Request(prompt, config.seed + i) for i, (prompt, _) in enumerate(asked)]
         drawn[name] = [picture.image for picture in draw(model, processor, requests, config.sampling)]
     return [
         ComparedPicture(prompt, originals[i], {name: each[i] for name, each in drawn.items()})

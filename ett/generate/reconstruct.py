@@ -123,7 +123,8 @@ def write_reconstructions(
     """
     folder = Path(out)
     targets = [folder / f"{stem}.png" for stem in unique_stems(paths)]
-    for target in targets:
+    compared = [target.with_suffix(".compare.png") for target in targets] if compare else []
+    for target in (*targets, *compared):
         if any(same_file(target, path) for path in paths):
             raise DataError(
                 f"{target} is one of the given pictures and would be overwritten. Choose another --out folder."

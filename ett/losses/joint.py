@@ -6,6 +6,7 @@ term need networks of their own, which no saved model should carry: the training
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,6 +76,27 @@ class LossConfig:
         require(0 < self.reconstruction_share <= 1, "reconstruction_share", self.reconstruction_share, "in (0, 1]")
 
     @property
+    def tokenizer_weights(self) -> dict[str, float]:
+        """The weight in L_vq of each of its terms, by the term's name."""
+        return {
+            "reconstruction_loss": self.reconstruction_weight,
+            "quantization_loss": self.quantization_weight,
+            "entropy_loss": self.entropy_weight,
+            "perceptual_loss": self.perceptual_weight,
+            "distillation_loss": self.distillation_weight,
+            "adversarial_loss": self.adversarial_weight,
+        }
+
+    @property
+    def text_weights(self) -> dict[str, float]:
+        """The weight beside L_vq of each term of the language model's, by the term's name."""
+        return {
+            "caption_loss": self.caption_weight,
+            "soft_caption_loss": self.soft_caption_weight,
+            "image_loss": self.image_weight,
+        }
+
+    @property
     def uses_entropy(self) -> bool:
         """Whether the quantizer must compute the entropy term."""
         return self.tokenizer_weight > 0 and self.entropy_weight > 0
@@ -102,6 +124,41 @@ def tokenizer_losses(
     }
     # means over nothing are NaN; as 0 they keep their place in the graph, and no gradient
     return terms if len(pixel_values) else {name: term.nan_to_num() for name, term in terms.items()}
+
+
+class TermMeans:
+    """Means of loss terms over batches, each term over what it is a mean of: text or image tokens, or pictures."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, terms: Mapping[str, float], *, supervised: int, drawn: int, images: int) -> None:
+        """Take in a batch's terms, each a mean over the batch.
+
+        Args:
+            supervised, drawn, images: text tokens with a label, image tokens with one, and pictures of the batch; a term that
+                is a mean over none of them counts nothing.
+        """
+        own = {"caption_loss": supervised, "soft_caption_loss": supervised, "image_loss": drawn}
+        for name, value in terms.items():
+            if count := own.get(name, images):
+                self._sums[name] = self._sums.get(name, 0.0) + value * count
+                self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def means(self) -> dict[str, float]:
+        """Term -> mean, of those that any batch had."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+
+def whole_loss(terms: Mapping[str, float], config: LossConfig, alpha: float) -> float:
+    """L from its unweighted terms (ETT eq. 3); terms that are not there count nothing.
+
+    Args:
+        alpha: weight of L_vq; 1 where there is no other loss.
+    """
+    text = sum(weight * terms.get(name, 0.0) for name, weight in config.text_weights.items())
+    return text + alpha * sum(weight * terms.get(name, 0.0) for name, weight in config.tokenizer_weights.items())
 
 
 def tokenizer_loss(losses: dict[str, Tensor], config: LossConfig) -> Tensor:

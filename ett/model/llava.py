@@ -25,7 +25,7 @@ class EttVisionConfig(PreTrainedConfig):
 
     Args:
         vision_tokenizer: `VisionTokenizer.config_mapping()`.
-        hidden_size: D, what the language model's projector reads; None takes the tokenizer's.
+        hidden_size: D, what the language model's projector reads.
         image_size, patch_size: side of a picture and of a token [pixels], as processors of transformers look for them.
     """
 

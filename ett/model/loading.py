@@ -57,8 +57,9 @@ def find_weights(path: object) -> Path:
             return given
         if str(path) in known:
             return SHIPPED_WEIGHTS / str(path)
+    shown = str(path) if isinstance(path, Path) else path
     raise ModelError(
-        f"There is no folder {path!r}. Give a saved model's or tokenizer's, or a shipped one: {', '.join(known)}."
+        f"There is no folder {shown!r}. Give a saved model's or tokenizer's, or a shipped one: {', '.join(known)}."
     )
 
 

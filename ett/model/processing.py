@@ -111,7 +111,7 @@ class EttProcessor(ProcessorMixin):
                 picture or every supervised token.
         """
         input_ids, labels = self.tokenize_conversation(example.messages, example.id)
-        num_pictures = sum(part["type"] == "image" for message in example.messages for part in message["content"])
+        num_pictures = sum(part["type"] == "image" for message in example.messages for part in _parts(message))
         if num_pictures != example.num_images:
             raise DataError(f"Example {example.id!r} mentions {num_pictures} pictures and brings {example.num_images}.")
         if max_length is not None and len(input_ids) > max_length:
@@ -178,7 +178,7 @@ class EttProcessor(ProcessorMixin):
                     break
                 turns.append(message)
             ids, _ = self.tokenize_conversation(turns, example.id, add_generation_prompt=True)
-            asked = sum(part["type"] == "image" for message in turns for part in message["content"])
+            asked = sum(part["type"] == "image" for message in turns for part in _parts(message))
             pixels = [self.image_processor.fit(image)[0] for image in example.images[:asked]]
             items.append(Encoded(ids, [IGNORE_INDEX] * len(ids), pixels, example.id))
         return self.collate(items, padding_side="left")
@@ -259,8 +259,7 @@ class EttProcessor(ProcessorMixin):
         return [DRAWN_INDEX if drawn and token else IGNORE_INDEX for token in tokens]
 
     def _flatten(self, message: Message, where: str) -> str:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = _parts(message)
         for part in parts:
             if part["type"] == "text" and IMAGE_TOKEN in part["text"]:
                 raise DataError(f"{where}: a text contains {IMAGE_TOKEN}, which is reserved for pictures. Take it out.")
@@ -359,8 +358,7 @@ class EttProcessor(ProcessorMixin):
         images = [
             part.get("image", part.get("url", part.get("path")))
             for turn in turns
-            if not isinstance(turn["content"], str)
-            for part in turn["content"]
+            for part in _parts(turn)
             if part["type"] == "image"
         ]
         pixels = [self.image_processor.fit(load_image(image))[0] for image in images]
@@ -374,3 +372,9 @@ class EttProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _parts(message: Message) -> Sequence[Any]:
+    """The content of a message as parts; a plain text is one."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content

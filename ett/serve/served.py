@@ -13,7 +13,6 @@ from ett.evaluate.run import load_for_evaluation
 from ett.experiments.run import resolve_model_folder
 from ett.generate.draw import best_device
 from ett.model.ett import EttForConditionalGeneration
-from ett.model.loading import find_weights
 from ett.model.processing import EttProcessor
 from ett.serve.errors import ApiError
 from ett.tokenizers import VisionTokenizer
@@ -87,11 +86,10 @@ def load_served(
         ModelError: no model there, a damaged file, an initial tokenizer of another grid, or no such device.
     """
     place = _device(device)
-    found = find_weights(model)
-    whole, tokenizer, processor = load_for_evaluation(resolve_model_folder(found))
+    whole, tokenizer, processor = load_for_evaluation(resolve_model_folder(model))
     before = None
     if initial is not None:
-        _, before, _ = load_for_evaluation(resolve_model_folder(find_weights(initial)))
+        _, before, _ = load_for_evaluation(resolve_model_folder(initial))
         if before.downsample != tokenizer.downsample:
             raise ModelError(
                 f"{initial} makes a token of {before.downsample} x {before.downsample} pixels, {model} of "
@@ -102,7 +100,7 @@ def load_served(
     for part in parts:
         if part is not None:
             part.to(place)
-    return Served(name or found.resolve().name, whole, tokenizer, processor, before)
+    return Served(name or Path(model).resolve().name, whole, tokenizer, processor, before)
 
 
 def _device(name: str | None) -> torch.device:

@@ -233,11 +233,6 @@ class Decoder(nn.Module):
         self.norm_out = config.norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    @property
-    def last_layer(self) -> Tensor:
-        """Weight of the last convolution, where gradient norms of losses are compared."""
-        return self.conv_out.weight
-
     def forward(self, features: Tensor) -> Tensor:
         x = self.mid(self.conv_in(features))
         for level in reversed(self.up):

@@ -54,7 +54,7 @@ class FiniteScalarQuantizer(ImplicitQuantizer):
     def forward(self, features: Tensor, entropy: bool = True) -> Quantized:
         with torch.autocast(features.device.type, enabled=False):
             bounded = self._bound(self._rows(features))
-            rounded = bounded.detach().round()
+            rounded = self._rounded(bounded.detach())
             # in this order the value is the code to the last bit
             embeddings = (rounded + (bounded - bounded.detach())) / (self.levels // 2)
             indices = self._indices(rounded)
@@ -64,7 +64,7 @@ class FiniteScalarQuantizer(ImplicitQuantizer):
     @torch.no_grad()
     def nearest(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            return self._indices(self._bound(self._rows(features)).round())
+            return self._indices(self._rounded(self._bound(self._rows(features))))
 
     def _levels_and_basis(self) -> tuple[Tensor, Tensor]:
         """int64[D] each: L and prod(L[:d])."""
@@ -76,6 +76,11 @@ class FiniteScalarQuantizer(ImplicitQuantizer):
         radius = (self.levels - 1).to(z.dtype) * ((1 + MARGIN) / 2)
         offset = (self.levels % 2 == 0).to(z.dtype) / 2
         return torch.tanh(z + torch.atanh(offset / radius)) * radius - offset
+
+    def _rounded(self, bounded: Tensor) -> Tensor:
+        """The nearest of the L integers; with a thousand of them, float32 reaches the bound itself."""
+        levels = self.levels.to(bounded.dtype)
+        return bounded.round().clamp(-(levels // 2), (levels - 1) // 2)
 
     def _indices(self, rounded: Tensor) -> Tensor:
         levels, basis = self._levels_and_basis()

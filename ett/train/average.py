@@ -35,6 +35,14 @@ class WeightAverage:
         self.updates += 1
         torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - decay)
 
+    @torch.no_grad()
+    def restart(self, module: nn.Module) -> None:
+        """Forget what `module`'s weights were before now: they were set anew."""
+        own = {id(parameter) for parameter in module.parameters()}
+        for name, parameter in self._parameters.items():
+            if id(parameter) in own:
+                self.average[name].copy_(parameter)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The module holds the average; afterwards it holds its own weights again, bit for bit."""

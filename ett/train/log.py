@@ -39,7 +39,6 @@ class RunLog:
         self._warned: set[tuple[str, str]] = set()
         self._offset = 0
         self._last_line = 0.0
-        self._started = time.monotonic()
 
     def forget_after(self, stage_order: Mapping[str, int], stage: str, step: int) -> None:
         """Drop events that a resumed run will write again: later steps of `stage`, and later stages."""

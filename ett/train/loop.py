@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ett.data.mixture import encode_draw
 from ett.errors import RecipeError
+from ett.losses.joint import TermMeans, whole_loss
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.packing import check_packable
 from ett.model.processing import Encoded
@@ -33,6 +34,7 @@ from ett.train.critics import Critics
 from ett.train.feed import BadSamples, StageData, split_batch, steps_of
 from ett.train.health import BackOffs, HealthMonitor, fixed_batches
 from ett.train.log import RunLog
+from ett.train.measures import undisturbed
 from ett.train.objectives import (
     DecoderObjective,
     JointObjective,
@@ -222,7 +224,8 @@ class Stage:
                     bar.set_postfix_str(_postfix(values, rate))
                 validates = last or (config.validate_every is not None and self.step % config.validate_every == 0)
                 measured = self.validate() if validates else {}
-                validation_loss = measured.get("loss")
+                # without codes it is another loss, and weights that no stage may end with
+                validation_loss = measured.get("loss") if self._codes_are_placed else None
                 self.log.validation(self.name, self.step, measured)
                 if self.health is not None and self.health.due(self.step, config.steps, validates):
                     with gathered(self.objective):
@@ -245,32 +248,28 @@ class Stage:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Every loss term on the validation examples, by the names used in training; random states are left alone.
+        """Every loss term on the validation examples, by the names used in training; modes and random states are left alone.
 
-        Where weights are averaged, the average is measured: it is what the stage ends with.
+        Each is a mean over all of its tokens or pictures, and ``loss`` their weighted sum. The adversarial term is not in that
+        sum: what it says changes with the discriminator. Where weights are averaged, the average is measured: it is what the
+        stage ends with.
         """
         if not self.data.validation:
             return {}
-        self.objective.eval()
-        totals: dict[str, float] = {}
-        weight = 0.0
-        with nullcontext() if self.average is None else self.average.applied():
+        found = TermMeans()
+        with undisturbed(self.objective), nullcontext() if self.average is None else self.average.applied():
             for start in range(0, len(self.data.validation), self.micro_batch):
                 batch = self._collate(list(self.data.validation[start : start + self.micro_batch]))
-                supervised, drawn = float(max(1, batch.num_supervised)), float(max(1, batch.num_drawn))
-                loss, losses, reconstruction = self._objective(batch, Shares(supervised, 1.0, drawn))
-                tokens = drawn if self.config.stage == "gen" else supervised
-                if self.critics is not None and reconstruction is not None:
+                supervised, drawn = batch.num_supervised, batch.num_drawn
+                shares = Shares(float(max(1, supervised)), 1.0, float(max(1, drawn)))
+                _, losses, reconstruction = self._objective(batch, shares, quantized=self._codes_are_placed)
+                if self.critics is not None and reconstruction is not None and len(reconstruction) > 0:
                     losses |= self.critics.measure(reconstruction, batch.pixel_values, self.step)
-                for name, value in {"loss": loss, **losses}.items():
-                    totals[name] = totals.get(name, 0.0) + float(value) * tokens
-                weight += tokens
+                terms = {name: float(value) for name, value in losses.items()}
+                found.add(terms, supervised=supervised, drawn=drawn, images=batch.num_images)
             release(self.objective)
-        if isinstance(self.model, VisionTokenizer):
-            self.model.train()
-        else:
-            train_mode(self.model, self.config.parts)
-        return {name: value / weight for name, value in totals.items()}
+        means = found.means()
+        return {"loss": whole_loss(means, replace(self.losses, adversarial_weight=0.0), self._alpha), **means}
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -343,18 +342,27 @@ class Stage:
 
     def _losses(self, batch: Batch, shares: Shares) -> tuple[Tensor, Losses]:
         """(loss float[], terms by name) of a micro-batch in training; the critics join, and learn."""
-        loss, losses, reconstruction = self._objective(batch, shares)
+        loss, losses, reconstruction = self._objective(batch, shares, quantized=self.step >= self.config.quantize_after)
         if self.critics is None or reconstruction is None:
             return loss, losses
         pixels = batch.pixel_values[: len(reconstruction)]
         heard, terms = self.critics.judge(reconstruction, pixels, self.step)
         losses |= self.critics.learn(reconstruction, pixels, shares.images)
-        alone = isinstance(self.model, VisionTokenizer) or self.config.stage == "decoder"
-        alpha = 1.0 if alone else self.losses.tokenizer_weight
-        return loss + alpha * shares.images * heard, losses | terms
+        return loss + self._alpha * shares.images * heard, losses | terms
 
-    def _objective(self, batch: Batch, shares: Shares) -> ObjectiveOutput:
-        quantizes_later = {"quantized": self.step >= self.config.quantize_after} if self.config.quantize_after else {}
+    @property
+    def _alpha(self) -> float:
+        """The weight of L_vq; it has none where there is no other loss."""
+        alone = isinstance(self.model, VisionTokenizer) or self.config.stage == "decoder"
+        return 1.0 if alone else self.losses.tokenizer_weight
+
+    @property
+    def _codes_are_placed(self) -> bool:
+        """Whether codes mean something: `quantize_after` places them right before the step that follows."""
+        return self.config.quantize_after == 0 or self.step > self.config.quantize_after
+
+    def _objective(self, batch: Batch, shares: Shares, *, quantized: bool) -> ObjectiveOutput:
+        quantizes_later = {"quantized": quantized} if self.config.quantize_after else {}
         output: ObjectiveOutput = self.objective(batch, self.losses, shares, **quantizes_later)
         return output
 
@@ -381,6 +389,8 @@ class Stage:
             placed = [tensor.detach().clone() for tensor in placed]
         for target, value in zip((*quantizer.parameters(), *quantizer.buffers()), placed, strict=True):
             put(target, value)
+        if self.average is not None:
+            self.average.restart(quantizer)
         self.log.codes_placed(self.name, self.step, distance)
 
     def _health_monitor(self) -> HealthMonitor | None:
@@ -462,10 +472,13 @@ def _check_placeable(model: nn.Module) -> None:
 
 
 def _modules_by_part(model: EttForConditionalGeneration) -> dict[str, nn.Module]:
-    projector = [model.projector] if model.index_embedding is None else [model.projector, model.index_embedding]
+    projector: dict[str, nn.Module] = {"projector": model.projector}
+    if model.index_embedding is not None:
+        # the name tells the optimizer that this is a table, which does not decay
+        projector["index_embedding"] = model.index_embedding
     parts: dict[str, nn.Module] = {
         "vision_tokenizer": model.vision_tokenizer,
-        "projector": nn.ModuleList(projector),
+        "projector": nn.ModuleDict(projector),
         "language_model": model.language_model,
     }
     if model.image_head is not None:

@@ -18,6 +18,7 @@ from ett.model.ett import EttForConditionalGeneration
 from ett.model.lora import is_lora_parameter
 from ett.tokenizers import VisionTokenizer
 from ett.train.balance import BalanceConfig
+from ett.train.checkpoint import random_state, restore_random_state
 from ett.train.health import HealthConfig
 from ett.train.measures import tokenizer_probes
 from ett.train.objectives import run_model
@@ -269,13 +270,13 @@ def caption_reach(model: EttForConditionalGeneration, batch: Batch, losses: Loss
 
     Model parameters' ``.grad`` are left alone; the model's mode and random state are restored.
     """
-    random_state = torch.get_rng_state()
+    before = random_state()
     probes = [(name, tensor) for name, tensor in _probes(model) if tensor.requires_grad]
     output = run_model(model, batch, replace(losses, tokenizer_weight=0.0))
     assert output.losses is not None
     predicted = [output.losses[name] for name in ("caption_loss", "image_loss") if name in output.losses]
     grads = torch.autograd.grad(torch.stack(predicted).sum(), [tensor for _, tensor in probes], allow_unused=True)
-    torch.set_rng_state(random_state)
+    restore_random_state(before)
     norms = {name: 0.0 for name, _ in _probes(model)}
     for (name, _), grad in zip(probes, grads, strict=True):
         norms[name] = 0.0 if grad is None else float(grad.norm())

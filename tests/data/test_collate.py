@@ -31,6 +31,12 @@ def test_examples_and_mappings_make_the_same_batch(pictures: Path) -> None:
         found = collator([given])
         assert torch.equal(found["pixel_values"], expected["pixel_values"])
         assert processor.tokenizer.decode(found["labels"][found["labels"] >= 0]) == "number 3<|end|>"
+    # as other trainers write conversations: parts where there is a picture, plain text elsewhere
+    user = [{"type": "image"}, {"type": "text", "text": "Which?"}]
+    mixed = [{"role": "user", "content": user}, {"role": "assistant", "content": "number 3"}]
+    found = collator([{"messages": mixed, "image": path}])
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert collator([plain])["input_ids"].shape[1] < found["input_ids"].shape[1], "and without a picture"
     again = pickle.loads(pickle.dumps(collator))([{**plain, "image": path}])
     assert torch.equal(again["input_ids"], found["input_ids"]), "loaders send it to their workers"
 

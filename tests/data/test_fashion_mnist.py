@@ -59,7 +59,11 @@ def test_what_is_missing_or_damaged_is_named(folder: Path) -> None:
         with pytest.raises(DataError, match=message):
             write_fashion_mnist(folder, folder / "out.jsonl")
     packed = folder / "train-images-idx3-ubyte.gz"
-    packed.write_bytes(packed.read_bytes()[:-9])
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[:40] + bytes(byte ^ 0xFF for byte in whole[40:60]) + whole[60:])
+    with pytest.raises(DataError, match="complete"):
+        read_idx(packed, dimensions=3)
+    packed.write_bytes(whole[:-9])
     with pytest.raises(DataError, match="complete"):
         read_idx(packed, dimensions=3)
     assert not (folder / "out.jsonl").exists()

@@ -16,6 +16,7 @@ import pytest
 import torch.utils.data
 
 from ett.data import manifest as module
+from ett.data.entries import Lines, Refused
 from ett.data.manifest import Manifest, question_and_reference
 from ett.errors import DataError
 from ett.types import Example
@@ -399,10 +400,13 @@ def test_a_picture_removed_after_the_check(folder: Folder) -> None:
 
 
 def test_a_manifest_changed_in_use(folder: Folder) -> None:
-    source = Manifest(folder.write(GOOD))
+    source, tolerant = Manifest(folder.write(GOOD)), Lines(folder.write(GOOD))
     folder.write(llava("Another text", "of another length."))
     with pytest.raises(DataError, match="was changed while in use"):
         source[0]
+    with pytest.raises(DataError, match="was changed while in use") as caught:
+        tolerant.read(0)
+    assert not isinstance(caught.value, Refused), "no bad sample, which would be passed over"
     source.path.unlink()
     with pytest.raises(DataError, match="does not exist"):
         source[0]

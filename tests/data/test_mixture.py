@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from ett.data.mixture import Mixture, SourceConfig
+from ett.data.manifest import Manifest
+from ett.data.mixture import Limited, Mixture, PartlyAsked, SourceConfig
 
 
 def test_sources_ask_as_often_as_told() -> None:
@@ -25,6 +29,15 @@ def test_sources_ask_as_often_as_told() -> None:
     assert 28 <= with_question <= 32
     with pytest.raises(ValueError, match="asked"):
         SourceConfig(source="names", asked=1.5)
+
+
+def test_a_part_of_a_source_is_known_by_the_whole(tmp_path: Path) -> None:
+    """Caches of codes tell changed data by it."""
+    manifest = tmp_path / "mine.jsonl"
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "ho"}]
+    manifest.write_text((json.dumps({"conversations": turns}) + "\n") * 3, encoding="utf-8")
+    source = Manifest(manifest)
+    assert Limited(source, 2).fingerprint() == PartlyAsked(source, 0.5).fingerprint() == source.fingerprint() != ""
 
 
 def test_every_block_holds_the_shares() -> None:

@@ -49,8 +49,6 @@ def test_members_are_grouped_by_key_and_read_back(shard: Path) -> None:
         "txt": b"zero",
     }
     assert set(index[1].members) == {"tar.1.png", "json"}
-    assert index[0].image_extension == "jpg"
-    assert index[1].image_extension is None
     assert index.ignored == [f"{shard}: README"]
 
 

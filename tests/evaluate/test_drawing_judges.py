@@ -77,6 +77,13 @@ def test_kernel_distance_is_the_plain_loop_and_unbiased() -> None:
     same = [kernel_distance(torch.randn(20, 8), torch.randn(20, 8)) for _ in range(300)]
     assert abs(np.mean(same)) < 3 * np.std(same) / len(same) ** 0.5
     assert min(same) < 0 < max(same)
+    # of pairs: copies of independent draws are at no distance on average, which without `paired` they are below
+    first = [torch.randn(20, 8) for _ in range(300)]
+    copies = [kernel_distance(each, each.clone(), paired=True) for each in first]
+    assert np.mean(copies) == pytest.approx(0, abs=1e-9)
+    assert np.mean([kernel_distance(each, each.clone()) for each in first]) < -0.1
+    with pytest.raises(ValueError, match="no pairs"):
+        kernel_distance(x, y, paired=True)
     with pytest.raises(ValueError, match="at least two"):
         kernel_distance(x[:1], y)
 
@@ -131,11 +138,20 @@ def test_a_whole_judgement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     )
     network: Any = None
     tokens: list[int] = []
+    kept_seeds: list[list[int]] = []
+    draw = judges_module.draw
+
+    def noted(model: Any, processor: Any, requests: Any, *rest: Any, **named: Any) -> Any:
+        kept_seeds.append([request.seed for request in requests])
+        return draw(model, processor, requests, *rest, **named)
+
+    monkeypatch.setattr(judges_module, "draw", noted)
     found = judge_drawings(
         model, processor, network, "validation", limit=5, sampling=ImageSampling(guidance=1.0), on_token=tokens.append
     )
     assert (found.gallery, sum(tokens)) == (24, 5 * 64)
     assert set(found.rows) >= {"drawn", "reconstructed"}
+    assert kept_seeds == [[0, 1, 2, 3, 4]], "equal prompts get different pictures"
     kept = found.rows["reconstructed"]
     assert kept["retrieval_top1"].value == kept["retrieval_top5"].value == 1
     assert kept["frechet_distance"].value == pytest.approx(0, abs=1e-6)

@@ -184,6 +184,17 @@ def test_half_a_picture_is_no_picture_whatever_the_process_was_told(
     assert adapter.asked_simply("", [picture(3)], "one").images[0].size == (40, 30)
 
 
+def test_too_few_names_make_no_choices_and_no_answers_leave_nothing(tmp_path: Path) -> None:
+    names = Limited(ArtworkNames("pair"), 8)
+    assert [task.kind for task in write_tasks([("names", names)], tmp_path / "few", limit=3)] == ["answers"]
+    silent = tmp_path / "silent.jsonl"
+    asked = {"conversations": [{"from": "human", "value": "What?"}]}
+    silent.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no answers"):
+        write_tasks([("names", names), ("silent", Manifest(silent))], tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+
+
 def test_a_task_folder_is_a_manifest_and_a_task(tmp_path: Path) -> None:
     names = Limited(ArtworkNames("pair"), 8)
     written = write_tasks([("names.pair", names)], tmp_path / "tasks", limit=6)

@@ -16,14 +16,14 @@ import pytest
 import torch
 import yaml
 
-from ett.errors import RecipeError, UserError
+from ett.errors import ModelError, RecipeError, UserError
 from ett.evaluate.comparison import compare, difference, pooled
 from ett.experiments import ablate as ablate_module
 from ett.experiments.ablate import ablate, run_only
 from ett.experiments.comparison import is_comparison, load_comparison
 from ett.experiments.comparison_report import write_comparison_report
 from ett.experiments.recipe import load_recipe
-from ett.experiments.run import load_model
+from ett.experiments.run import load_model, resolve_model_folder
 from ett.model.build import start_from
 from ett.train.log import read_log
 
@@ -79,6 +79,15 @@ def compared(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("comparison") / "out"
     assert ablate(recipe, out, jobs=2) == out / "report.html"
     return out
+
+
+def test_a_comparison_is_no_model_but_its_arms_are(compared: Path) -> None:
+    with pytest.raises(ModelError, match=r"is a comparison\. Give one of its arms: .*embedding_frozen, .*ett"):
+        resolve_model_folder(compared)
+    assert resolve_model_folder(compared / "ett") == compared / "ett" / "stages" / "0-semantic"
+    assert resolve_model_folder("reader_64px").name == "reader_64px"
+    with pytest.raises(ModelError, match=r"There is no folder 'nowhere'.* a shipped one: reader_64px"):
+        resolve_model_folder(Path("nowhere"))
 
 
 def test_arms_start_as_the_same_function_on_the_same_data(recipe: Path) -> None:

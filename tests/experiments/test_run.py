@@ -274,6 +274,11 @@ def test_a_nan_stops_before_the_step(toy_recipe: dict[str, Any], tmp_path: Path)
     assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints", "semantic")] == [1, 2]
 
 
+def expected_loss(terms: dict[str, float]) -> float:
+    """L_vq with the weights that a stage has unless it is told others."""
+    return terms["reconstruction_loss"] + terms.get("quantization_loss", 0.0) + 0.05 * terms.get("entropy_loss", 0.0)
+
+
 def test_quantization_can_begin_later(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
     """First the decoder reads the features; then the codes are placed where the features are, and most of them are used."""
     toy_recipe["model"]["vision_tokenizer"] |= {
@@ -281,9 +286,8 @@ def test_quantization_can_begin_later(toy_recipe: dict[str, Any], tmp_path: Path
         "temperature": 0.5,
         "entropy_temperature": 0.1,
     }
-    toy_recipe["stages"] = [
-        {**toy_recipe["stages"][0], "steps": 6, "quantize_after": 4, "validate_every": 1, "checkpoint_every": None}
-    ]
+    stage = {**toy_recipe["stages"][0], "steps": 6, "quantize_after": 4, "validate_every": 1, "checkpoint_every": None}
+    toy_recipe["stages"] = [{**stage, "ends_with": "best", "ema_decay": 0.5}]
     recipe = recipe_from(toy_recipe)
     recipe = replace(recipe, data=(SourceConfig(source="drawn_text", size=32, difficulty=0.3),))
     folder = Run(recipe, tmp_path / "run").train()
@@ -293,7 +297,13 @@ def test_quantization_can_begin_later(toy_recipe: dict[str, Any], tmp_path: Path
     assert placed["mean_squared_distance"] > 0
     losses = {e["step"]: e["losses"] for e in events if e["event"] == "step"}
     assert ["quantization_loss" in losses[step] for step in range(1, 7)] == [False] * 4 + [True] * 2
-    psnr = {e["step"]: e["losses"]["psnr"] for e in events if e["event"] == "validation"}
+    assert not any("psnr" in each for each in losses.values()), "training goes on in training mode after a validation"
+    validations = {e["step"]: e["losses"] for e in events if e["event"] == "validation"}
+    assert ["quantization_loss" in validations[step] for step in range(1, 7)] == [False] * 4 + [True] * 2
+    assert all(values["loss"] == pytest.approx(expected_loss(values)) for values in validations.values())
+    (best,) = [event["best_step"] for event in events if event["event"] == "ends_with"]
+    assert best in (5, 6), "weights without codes are no result, however low their loss"
+    psnr = {step: values["psnr"] for step, values in validations.items()}
     assert psnr[5] > psnr[4] - 1.0, "placed codes cost little"
     tokenizer = VisionTokenizer.from_pretrained(folder)
     assert tokenizer.quantize.distance_unit is not None

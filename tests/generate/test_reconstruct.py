@@ -104,6 +104,12 @@ def test_originals_are_never_overwritten(tokenizer: VisionTokenizer, tmp_path: P
     with pytest.raises(DataError, match="would be overwritten"):
         write_reconstructions(tokenizer, 32, [tmp_path / "x.png"], tmp_path)
     assert (tmp_path / "x.png").read_bytes() == before
+    (tmp_path / "x.png").rename(tmp_path / "x.compare.png")
+    picture(1).save(tmp_path / "x.jpg")
+    with pytest.raises(DataError, match=r"x\.compare\.png.*would be overwritten"):
+        write_reconstructions(tokenizer, 32, [tmp_path / "x.jpg", tmp_path / "x.compare.png"], tmp_path, compare=True)
+    assert (tmp_path / "x.compare.png").read_bytes() == before
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_bad_files(tokenizer: VisionTokenizer, tmp_path: Path) -> None:

@@ -46,6 +46,16 @@ def test_fsq_reaches_every_code_and_no_other() -> None:
     assert float(found.quantization_loss) == float(found.entropy_loss) == 0
 
 
+@pytest.mark.parametrize("levels", [1003, 1024])
+def test_features_far_out_stay_within_the_levels(levels: int) -> None:
+    """Where float32 cannot tell the outermost level from its border."""
+    quantizer = FiniteScalarQuantizer((levels,))
+    features = torch.tensor([-50.0, 50.0])[None, None, :, None]
+    found = quantizer(features)
+    assert found.indices.flatten().tolist() == quantizer.nearest(features).flatten().tolist() == [0, levels - 1]
+    assert torch.equal(found.embeddings.movedim(1, -1), quantizer.lookup(found.indices).movedim(1, -1))
+
+
 @pytest.mark.parametrize("codebook_size", [2, 64, 256])
 def test_lfq_is_the_oracles(codebook_size: int) -> None:
     own = LookupFreeQuantizer(codebook_size, entropy_temperature=0.5)

@@ -19,7 +19,6 @@ from ett.evaluate.run_folder import resolve_model_folder
 from ett.evaluate.tasks.loss import teacher_forced
 from ett.generate.chat import answers
 from ett.images import load_image
-from ett.model.loading import find_weights
 from ett.types import Example, Message
 
 MAX_NEW_TOKENS = 128
@@ -45,7 +44,7 @@ class Answerer:
             raise UserError(f"batch_size = {batch_size!r} must be a whole number; it is not found out here.") from None
         if self.batch_size < 1:
             raise UserError(f"batch_size = {batch_size} must be at least 1.")
-        folder = resolve_model_folder(find_weights(pretrained))
+        folder = resolve_model_folder(pretrained)
         model, tokenizer, processor = load_for_evaluation(folder)
         if model is None:
             raise ModelError(f"{folder} holds a vision tokenizer alone, which answers nothing. Give a complete model.")

@@ -72,8 +72,11 @@ def write_tasks(
         for name, source in sources:
             selection = Selection(name, source, limit)
             found.append(_write(out, name, "answers", _answers(selection)))
-            if source.name == ArtworkNames.name:
-                found.append(_write(out, name, "choices", _choices(selection, seed)))
+            if source.name == ArtworkNames.name and (choices := _choices(selection, seed)):
+                found.append(_write(out, name, "choices", choices))
+    except DataError:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     except OSError as error:
         shutil.rmtree(out, ignore_errors=True)
         raise DataError(f"{out} cannot be written: {error.strerror or error}. Choose another folder.") from error
@@ -105,7 +108,7 @@ def _choices(selection: Selection, seed: int) -> list[tuple[Example, dict[str, A
 
 def _write(out: Path, source: str, kind: str, examples: Sequence[tuple[Example, dict[str, Any]]]) -> WrittenTask:
     if not examples:
-        raise DataError(f"The source {source!r} has no answers to compare with, or too few. Leave it out.")
+        raise DataError(f"The source {source!r} has no answers to compare with. Leave it out.")
     name = f"{PREFIX}_{re.sub(r'[^a-z0-9]+', '_', source.lower())}_{kind}"
     folder = out / name
     (folder / "images").mkdir(parents=True)

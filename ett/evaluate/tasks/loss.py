@@ -12,7 +12,7 @@ from ett.data.manifest import question_and_reference
 from ett.data.sources import Source
 from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches, first_exchange
 from ett.evaluate.references import text_only
-from ett.losses.caption import next_token_labels, supervised_columns
+from ett.losses.caption import next_token_labels, supervised_columns, text_labels
 from ett.types import IGNORE_INDEX, Example
 
 
@@ -68,7 +68,7 @@ def teacher_forced(subject: Subject, examples: Sequence[Example]) -> list[tuple[
         logits_to_keep=columns,
         use_cache=False,
     )
-    targets = next_token_labels(batch.labels)[:, columns]
+    targets = next_token_labels(text_labels(batch.labels))[:, columns]
     logits = output.logits.float()
     nats = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
     hits = (logits.argmax(dim=-1) == targets).sum(dim=1)

@@ -12,8 +12,6 @@ GIB = 2**30
 ASSUMED_UTILISATION = {"cpu": 0.25, "cuda": 0.35}
 """Share of the peak rate that a step is taken to reach. An assumption, not a measurement of this package."""
 
-FsdpMode = Literal["ddp", "fsdp"]
-
 
 @dataclass(frozen=True)
 class Hardware:
