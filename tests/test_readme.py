@@ -37,7 +37,7 @@ def test_python_example(toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch:
 
 
 def test_links_and_commands_exist() -> None:
-    for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+    for link in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
         assert (ROOT / link).exists(), link
     from ett.cli import build_parser
 

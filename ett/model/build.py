@@ -89,6 +89,17 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         require(min(self.size) >= 1, "image_size", self.image_size, "at least 1")
+        if self.init is not None:
+            given = self.language_model is not None
+            self.refuse_beside_init(("vision_tokenizer", "path" in self.vision_tokenizer), ("language_model", given))
+
+    def refuse_beside_init(self, *described: tuple[str, bool]) -> None:
+        """Refuse parts that `init` brings, of those (name, whether it is described here as well)."""
+        if refused := [f"model.{name}" for name, wrong in described if wrong]:
+            raise RecipeError(
+                f"model.init = {self.init!r} brings its own {', '.join(refused)}. Leave it out, or start without: "
+                "model.init=null."
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -282,21 +293,17 @@ def start_from(
     """
     model, processor = load_model(directory, weights=weights)
     images = processor.image_processor
-    fixed = {
-        "image_size": spec.size in ((256, 256), (images.height, images.width)),
-        "image_mode": spec.image_mode in ("pad", images.mode),
-        "vision_tokenizer": "path" not in spec.vision_tokenizer,
-        "language_model": spec.language_model is None,
-        "projector": spec.projector in (ProjectorConfig(), model.config.projector_config),
-        "lora": spec.lora is None or model.config.lora is None or spec.lora == model.config.lora,
-        "image_head": None in (spec.image_head, model.config.image_head)
-        or spec.image_head == model.config.image_head_config,
-    }
-    refused = [name for name, fits in fixed.items() if not fits]
-    if refused:
-        raise RecipeError(
-            f"model.init = {spec.init!r} brings its own {', '.join(refused)}; leave model.{', model.'.join(refused)} out."
-        )
+    spec.refuse_beside_init(
+        ("image_size", spec.size not in ((256, 256), (images.height, images.width))),
+        ("image_mode", spec.image_mode not in ("pad", images.mode)),
+        ("projector", spec.projector not in (ProjectorConfig(), model.config.projector_config)),
+        ("lora", None not in (spec.lora, model.config.lora) and spec.lora != model.config.lora),
+        (
+            "image_head",
+            None not in (spec.image_head, model.config.image_head)
+            and spec.image_head != model.config.image_head_config,
+        ),
+    )
     if spec.vision_tokenizer:
         model.vision_tokenizer = model.vision_tokenizer.reconfigured(spec.vision_tokenizer, "model.vision_tokenizer")
         model.config.vision_tokenizer = model.vision_tokenizer.config_mapping()
