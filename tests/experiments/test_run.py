@@ -485,7 +485,7 @@ def test_init_refuses_what_it_cannot_change(toy_run: Path, toy_recipe: dict[str,
     model, _ = load_model(tmp_path / "lora")
     assert model.config.lora == lora
     given["model"] = {"init": str(toy_run), "projector": {"depth": 3}, "image_size": 64}
-    with pytest.raises(RecipeError, match="brings its own model.image_size, model.projector"):
+    with pytest.raises(RecipeError, match=r"brings its own model\.image_size, model\.projector"):
         Run(recipe_from(given), tmp_path / "x").train()
     assert not (tmp_path / "x").exists()
 
