@@ -1,4 +1,6 @@
-"""Keeps what came of a comparison with the documents: ``docs/results/<name>/report.{json,html}``.
+"""Keeps what came of a comparison with the documents, in ``docs/results/<name>``.
+
+That is report.json, table.md, pareto.svg, and report.html where its pictures leave it below a megabyte.
 
     python tools/keep_results.py runs/demo-proof 2026-11-21
 
@@ -12,7 +14,11 @@ import datetime
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+LARGEST = 1_000_000
+"""Bytes of a page that is kept."""
+DIGITS = 6
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
@@ -21,10 +27,22 @@ def keep(run: Path, date: datetime.date) -> Path:
     summary = json.loads((run / "report.json").read_text(encoding="utf-8"))
     target = RESULTS / str(summary["name"])
     target.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"date": date.isoformat(), **summary}, indent=1, ensure_ascii=False)
+    text = json.dumps({"date": date.isoformat(), **_rounded(summary)}, ensure_ascii=False, separators=(",", ":"))
     (target / "report.json").write_text(text + "\n", encoding="utf-8")
-    shutil.copyfile(run / "report.html", target / "report.html")
+    for name in ("report.html", "table.md", "pareto.svg"):
+        (target / name).unlink(missing_ok=True)
+        if (run / name).is_file() and (run / name).stat().st_size <= LARGEST:
+            shutil.copyfile(run / name, target / name)
     return target
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to `DIGITS` significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value
 
 
 def main() -> None:

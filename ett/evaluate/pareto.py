@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,13 @@ UPWARD = ("drawn_text.caption_loss_per_character", "caption_loss_per_character",
 FAR = 8
 NAMESPACE = ' xmlns="http://www.w3.org/2000/svg"'
 """What a drawing needs in a file of its own, and not in a page."""
-WIDTH, HEIGHT = 640, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 200, 34, 46
+RIGHT, HEIGHT = 440, 400
+"""Where the axes end; the names stand behind, as wide as the longest of them."""
+_LEFT, _TOP, _BOTTOM = 58, 34, 46
+_LETTER = 7.6
+"""Width of a bold letter, about."""
 _STYLE = (
-    ".pareto{color:#1b1f24;background:#fff;max-width:640px}.pareto text{font:12px system-ui,sans-serif;fill:currentColor}"
+    ".pareto{color:#1b1f24;background:#fff;max-width:720px}.pareto text{font:12px system-ui,sans-serif;fill:currentColor}"
     ".pareto .m{text-anchor:middle}.pareto .e{text-anchor:end}.pareto .b{font-weight:600}"
     ".pareto path,.pareto line,.pareto circle{stroke:currentColor;fill:none}.pareto .g{opacity:.15}"
     ".pareto .i{opacity:.45}.pareto .z{stroke-dasharray:4 4;opacity:.6}.pareto .f{stroke-dasharray:2 3;opacity:.8}"
@@ -87,7 +90,7 @@ def pareto_svg(summary: Mapping[str, Any]) -> str:
     # what is far away stands on the edge
     def across(x: float) -> float:
         share = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        return _LEFT + min(max(share, 0.0), 1.0) * (WIDTH - _LEFT - _RIGHT)
+        return _LEFT + min(max(share, 0.0), 1.0) * (RIGHT - _LEFT)
 
     def up(y: float) -> float:
         share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
@@ -97,9 +100,11 @@ def pareto_svg(summary: Mapping[str, Any]) -> str:
     measure = main_metrics(summary).get(metric, (metric, ""))[0]
     reference = arm_title(str(summary["reference"]))
     title = f"Understanding against reconstruction, relative to {reference}"
-    right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
+    right, bottom = RIGHT, HEIGHT - _BOTTOM
+    names = [f"{i} {arm_title(p.arm)}{_place(p) if p.arm in far else ''}" for i, p in enumerate(points, start=1)]
+    width = right + 14 + math.ceil(_LETTER * max(map(len, names)))
     parts = [
-        f'<svg{NAMESPACE} class="pareto" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<svg{NAMESPACE} class="pareto" viewBox="0 0 {width} {HEIGHT}" role="img" '
         f'aria-label="{safe(title)}"><style>{_STYLE}</style>'
     ]
     parts += [f'<line class="g" x1="{across(x):.1f}" y1="{_TOP}" x2="{across(x):.1f}" y2="{bottom}"/>' for x in x_ticks]
@@ -114,7 +119,7 @@ def pareto_svg(summary: Mapping[str, Any]) -> str:
     parts.append(f'<path class="f" d="M{steps}"/>')
     for i, point in enumerate(points, start=1):
         parts += _mark(i, point, across, up)
-    parts += _legend(points, far, right + 14)
+    parts += _legend(points, names, right + 14)
     return "".join([*parts, "</svg>"])
 
 
@@ -160,12 +165,11 @@ def _mark(i: int, point: ParetoPoint, across: Any, up: Any) -> list[str]:
     ]
 
 
-def _legend(points: Sequence[ParetoPoint], far: Collection[str], left: int) -> list[str]:
+def _legend(points: Sequence[ParetoPoint], names: Sequence[str], left: int) -> list[str]:
     step = min(20.0, (HEIGHT - _TOP) / len(points))
     return [
-        f'<text class="{"b" if point.best else ""}" x="{left}" y="{_TOP + 8 + step * i:.1f}">{i + 1} '
-        f"{safe(arm_title(point.arm))}{_place(point) if point.arm in far else ''}</text>"
-        for i, point in enumerate(points)
+        f'<text class="{"b" if point.best else ""}" x="{left}" y="{_TOP + 8 + step * i:.1f}">{safe(name)}</text>'
+        for i, (point, name) in enumerate(zip(points, names, strict=True))
     ]
 
 
