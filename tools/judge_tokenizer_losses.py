@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizers = {
         "start": find_weights("reader_64px"),
-        **{arm: arguments.run / arm / "stages" / "0-tokenizer" for arm in ("plain", "full")},
+        **{path.parts[-3]: path for path in sorted(arguments.run.glob("*/stages/0-tokenizer"))},
     }
     page, notes = write_tokenizer_report(tokenizers, held_out(), arguments.out, limit=PICTURES, overwrite=True)
     print(page, *notes, sep="\n")

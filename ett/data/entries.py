@@ -15,7 +15,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from ett.data.manifest import MAX_LINE_BYTES, Manifest, _decoded, _LineError, _Record
+from ett.data.json_lines import MAX_LINE_BYTES, decoded, is_too_long, next_line
+from ett.data.manifest import Manifest, _LineError, _Record
 from ett.data.shards import ShardIndex, ShardSample
 from ett.errors import DataError
 from ett.types import Message
@@ -121,10 +122,10 @@ class Lines(Manifest, Entries):
     def read(self, index: int) -> Entry:
         with self._unchanged() as file:
             file.seek(self._offsets[index])
-            data = file.readline(MAX_LINE_BYTES + 1)
+            data = next_line(file)
         line = self._lines[index]
         try:
-            return _entry(self._parse(_decoded(data, self.path, line), line))
+            return _entry(self._parse(decoded(data, self.path, line), line))
         except Refused:
             raise
         except DataError as error:
@@ -132,14 +133,14 @@ class Lines(Manifest, Entries):
 
     def _read_all(self, file: BinaryIO, limit: int | None) -> None:
         offset = number = 0
-        while len(self) != limit and (data := file.readline(MAX_LINE_BYTES + 1)):
+        while len(self) != limit and (data := next_line(file)):
             number += 1
             if data.removeprefix(BOM_UTF8).strip():
                 self._offsets.append(offset)
                 self._lines.append(number)
             # the rest of a line that is too long, or nothing at the end of the file
             while data and not data.endswith(b"\n"):
-                data = file.readline(MAX_LINE_BYTES)
+                data = next_line(file)
             offset = file.tell()
         if not len(self):
             raise DataError(f"{self.path} is empty: it has no line with an example. Give one JSON object a line.")
@@ -291,7 +292,7 @@ def _object(data: bytes) -> dict[str, Any]:
 
 def _kind_of_line(data: bytes) -> Kind:
     """What is wrong with a line that was refused."""
-    if len(data) > MAX_LINE_BYTES:
+    if is_too_long(data):
         return "too_long"
     try:
         return _kind_of_fields(_object(data))

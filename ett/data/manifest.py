@@ -28,16 +28,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ett.data.json_lines import decoded, lines_of, next_line
 from ett.data.sources import Source
 from ett.errors import DataError, unknown
 from ett.images import load_image
 from ett.types import Example, Message
 
 MARKER = "<image>"
-
-MAX_LINE_BYTES = 256 * 2**20
-"""Longest line read [bytes]: room for pictures embedded as base64, and a bound on the memory that a file which is no
-JSONL at all can take."""
 
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _OPENAI_ROLES = {"user": "user", "assistant": "assistant", "system": "system"}
@@ -147,7 +144,7 @@ class Manifest(Source):
     def _read_all(self, file: BinaryIO, limit: int | None) -> None:
         """Checks every line and notes where it lies."""
         digests = array("Q")
-        for offset, line, text in _lines_of(file, self.path):
+        for offset, line, text in lines_of(file, self.path):
             record = self._parse(text, line)
             digests.append(int.from_bytes(blake2b(record.id.encode(), digest_size=8).digest(), "little"))
             self._offsets.append(offset)
@@ -179,7 +176,7 @@ class Manifest(Source):
     def _read_one(self, file: BinaryIO, index: int) -> _Record:
         file.seek(self._offsets[index])
         line = self._lines[index]
-        return self._parse(_decoded(file.readline(MAX_LINE_BYTES + 1), self.path, line), line)
+        return self._parse(decoded(next_line(file), self.path, line), line)
 
     def _parse(self, text: str, line: int) -> _Record:
         """The record that a line holds, everything but the pictures' content checked."""
@@ -479,29 +476,3 @@ def _stamp(file: int | str) -> tuple[int, int]:
     """Size [bytes] and time of the last change [ns] of a file, by descriptor or path."""
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
-
-
-def _lines_of(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, str]]:
-    """(byte offset, line number from 1, text) of each line that is not blank."""
-    offset = line = 0
-    while data := file.readline(MAX_LINE_BYTES + 1):
-        line += 1
-        text = _decoded(data, path, line)
-        if text.strip():
-            yield offset, line, text
-        offset += len(data)
-
-
-def _decoded(data: bytes, path: Path, line: int) -> str:
-    if len(data) > MAX_LINE_BYTES:
-        raise DataError(
-            f"{path}:{line}: the line is longer than {MAX_LINE_BYTES // 2**20} MiB. Give one JSON object a line, with "
-            "large pictures as files."
-        )
-    try:
-        return data.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}:{line}: byte {error.start + 1} of the line (0x{data[error.start]:02x}) is not UTF-8. "
-            "Save the file as UTF-8."
-        ) from None

@@ -135,8 +135,7 @@ def test_every_kind_of_problem_is_counted_and_named_by_line(tmp_path: Path) -> N
 
 
 def test_a_line_that_is_too_long_ends_where_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_LINE_BYTES", 300)
-    monkeypatch.setattr("ett.data.manifest.MAX_LINE_BYTES", 300)
+    monkeypatch.setattr("ett.data.json_lines.MAX_LINE_BYTES", 300)
     path = write(tmp_path, line(), line("x" * 2000), b"  ", line(), line("x" * 300), line())
     summary = check(path)
     (found,) = summary["problems"].values()

@@ -340,7 +340,7 @@ def test_files_that_are_no_manifest(folder: Folder, monkeypatch: pytest.MonkeyPa
         assert name in str(caught.value)
     with pytest.raises(DataError, match="cannot be read"):
         Manifest(folder.path / ("x" * 300))
-    monkeypatch.setattr(module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("ett.data.json_lines.MAX_LINE_BYTES", 1000)
     assert ":2: the line is longer than" in folder.refusal(GOOD, {**GOOD, "note": "x" * 1000})
 
 

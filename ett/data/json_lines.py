@@ -1,0 +1,58 @@
+"""The lines of a JSONL file: where each begins, how long it may be, and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ett.errors import DataError
+
+MAX_LINE_BYTES = 256 * 2**20
+"""Longest line read [bytes]: room for pictures embedded as base64, and a bound on the memory that a file which is no
+JSONL at all can take."""
+
+
+def next_line(file: BinaryIO) -> bytes:
+    """The line at the file's place, with its line break; of one that is too long, enough to tell."""
+    return file.readline(MAX_LINE_BYTES + 1)
+
+
+def is_too_long(line: bytes) -> bool:
+    """Whether `next_line` found a line longer than `MAX_LINE_BYTES`."""
+    return len(line) > MAX_LINE_BYTES
+
+
+def lines_of(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, str]]:
+    """(byte offset, line number from 1, text) of each line that is not blank.
+
+    Raises:
+        DataError: as `decoded`.
+    """
+    offset = number = 0
+    while data := next_line(file):
+        number += 1
+        text = decoded(data, path, number)
+        if text.strip():
+            yield offset, number, text
+        offset += len(data)
+
+
+def decoded(line: bytes, path: Path, number: int) -> str:
+    """The text of line `number`, counted from 1; the first may begin with a byte order mark.
+
+    Raises:
+        DataError: it is too long, or not UTF-8.
+    """
+    if is_too_long(line):
+        raise DataError(
+            f"{path}:{number}: the line is longer than {MAX_LINE_BYTES // 2**20} MiB. Give one JSON object a line, with "
+            "large pictures as files."
+        )
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}:{number}: byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8. "
+            "Save the file as UTF-8."
+        ) from None
