@@ -75,10 +75,20 @@ def _train(arguments: argparse.Namespace) -> int:
         folder = run.train()
     except Interrupted as interruption:
         report_interruption(interruption, [arguments.recipe, *arguments.overrides], out)
-        return 128 + interruption.signal_number
+        return _left(128 + interruption.signal_number)
     if os.environ.get("RANK", "0") == "0":
         print(folder)
-    return 0
+    return _left(0)
+
+
+def _left(code: int) -> int:
+    """`code`; but a process of several ends with it here. All is on the disk by now, and the interpreter's own way out takes
+    threads and connections down that other processes share."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _demo(arguments: argparse.Namespace) -> int:
