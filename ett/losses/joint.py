@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -157,14 +157,13 @@ def whole_loss(terms: Mapping[str, float], config: LossConfig, alpha: float) -> 
     Args:
         alpha: weight of L_vq; 1 where there is no other loss.
     """
-    text = sum(weight * terms.get(name, 0.0) for name, weight in config.text_weights.items())
-    return text + alpha * sum(weight * terms.get(name, 0.0) for name, weight in config.tokenizer_weights.items())
+    text, tokenizer = config.text_weights, config.tokenizer_weights
+    return sum(text[name] * term for name, term in terms.items() if name in text) + alpha * sum(
+        tokenizer[name] * term for name, term in terms.items() if name in tokenizer
+    )
 
 
 def tokenizer_loss(losses: dict[str, Tensor], config: LossConfig) -> Tensor:
     """L_vq, float[], from `tokenizer_losses`' terms (ETT eq. 1; the stage adds the perceptual and the adversarial term)."""
-    return (
-        config.reconstruction_weight * losses["reconstruction_loss"]
-        + config.quantization_weight * losses["quantization_loss"]
-        + config.entropy_weight * losses["entropy_loss"]
-    )
+    weights = config.tokenizer_weights
+    return cast(Tensor, sum(weights[name] * term for name, term in losses.items() if name in weights))

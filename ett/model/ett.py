@@ -289,8 +289,7 @@ class EttForConditionalGeneration(Drawing, PreTrainedModel, GenerationMixin):
                         logits = self.with_image_logits(logits, _keep(hidden, logits_to_keep))
                     wanted = _keep(targets, logits_to_keep)
                     losses["caption_loss"] = caption_loss(logits, wanted, num_items_in_batch)
-            factors = {"caption_loss": weights.caption_weight, "image_loss": weights.image_weight}
-            loss = cast(Tensor, sum(factors[name] * term for name, term in losses.items()))
+            loss = cast(Tensor, sum(weights.text_weights[name] * term for name, term in losses.items()))
             if quantized is not None and weights.tokenizer_weight > 0 and pixel_values is not None:
                 share = weights.reconstruction_share if self.training else 1.0
                 decoded = math.ceil(share * len(pixel_values))
