@@ -40,9 +40,9 @@ def noted_signals(*, second_one_stops: bool) -> Iterator[list[int]]:
         restore()
 
 
-def leave_signals_to_the_parent(_worker: int) -> None:
-    """For a `DataLoader`'s workers. Ctrl-C reaches every process of the terminal, a scheduler's SIGTERM every process of the
-    job. The parent answers both by saving, which needs its workers to the end of the step; a worker ends when the parent tells
-    it to or is gone."""
+def leave_signals_to_the_parent() -> None:
+    """For a process that serves another. Ctrl-C reaches every process of the terminal, a scheduler's SIGTERM every process of
+    the job. The parent answers both by saving, which needs its workers to the end of the step; a worker ends when the parent
+    tells it to or is gone."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)

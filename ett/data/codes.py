@@ -28,9 +28,9 @@ from ett.config import to_mapping
 from ett.data.code_shards import CodedExample, CodeShard, text_of, write_shard
 from ett.data.mixture import Mixture, SourceConfig
 from ett.data.sources import Source
+from ett.data.workers import begin_worker
 from ett.errors import DataError, UserError
 from ett.model.processing import EttImageProcessor
-from ett.signals import leave_signals_to_the_parent
 from ett.tokenizers import VisionTokenizer
 from ett.types import Example
 
@@ -111,7 +111,7 @@ class CodeCache:
             batch_sampler=[positions[i : i + batch_size].tolist() for i in range(0, len(positions), batch_size)],
             collate_fn=list,
             num_workers=num_workers,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),
         )
         done: list[CodedExample] = []

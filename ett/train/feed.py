@@ -12,9 +12,9 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from ett.data.mixture import Drawn, DrawSampler, EncodedDraws, Mixture, Skipped, encode_draw
+from ett.data.workers import begin_worker
 from ett.errors import DataError, UserError
 from ett.model.processing import Encoded, EttProcessor
-from ett.signals import leave_signals_to_the_parent
 from ett.train.log import RunLog
 from ett.train.stages import StageConfig
 from ett.types import Batch
@@ -75,7 +75,7 @@ def steps_of(
         batch_sampler=sampler,
         collate_fn=_Collate(data.processor, config.packing),
         num_workers=data.num_workers,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=begin_worker,
         # its own generator: a loader otherwise draws its workers' seed from the state that training resumes
         generator=torch.Generator(),
     )
