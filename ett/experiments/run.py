@@ -209,7 +209,8 @@ class Run:
             if os.environ.get(f"ACCELERATE_USE_{library}", "").lower() == "true":
                 raise RecipeError(
                     f"The launcher's configuration asks for {library}, and the loop of this package divides weights by itself. "
-                    "Set sharding: fsdp in the recipe, and start it with torchrun, or with accelerate and neither of the two."
+                    "Set sharding: fsdp in the recipe, and start it with torchrun, or with accelerate and neither of the two; "
+                    "or train with DeepSpeed as examples/deepspeed_zero.py does."
                 )
         # a process may train several recipes; the library keeps the first one's precision for good
         AcceleratorState._reset_state(reset_partial_state=False)

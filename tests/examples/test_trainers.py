@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,7 +135,31 @@ def test_two_steps_are_those_of_our_own_loop(
         assert any(not torch.equal(before[key], after[key]) for key in before), f"{part} has moved"
 
 
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
+)
+def test_zero_takes_the_steps_of_ddp(start: Path, toy_run: Path, tmp_path: Path) -> None:
+    """Two processes with gradients divided, and with weights divided too, end with the weights of two whole copies."""
+    manifest = toy_run.parent / "pictures" / "manifest.jsonl"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    for name, script, more in (
+        ("ddp", "hf_trainer", []),
+        ("2", "deepspeed_zero", ["2"]),
+        ("3", "deepspeed_zero", ["3"]),
+    ):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        given = [str(EXAMPLES / f"{script}.py"), str(start), str(manifest), str(tmp_path / name), "3", *more]
+        # its first use compiles an extension
+        subprocess.run([*command, *given], check=True, env=environment, cwd=tmp_path, timeout=600)
+    before, whole = (dict(load_model(folder)[0].named_parameters()) for folder in (start, tmp_path / "ddp"))
+    assert any(not torch.equal(before[key], whole[key]) for key in before), "it has trained"
+    for stage in ("2", "3"):
+        divided = dict(load_model(tmp_path / stage)[0].named_parameters())
+        torch.testing.assert_close(divided, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*NEEDS, "deepspeed_zero"])
 def test_the_users_code_is_short(name: str) -> None:
     _, _, code = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""', 2)
     lines = [line for line in code.splitlines() if line.strip()]
