@@ -20,6 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
+from ett.model.few_rows import SideBySide, worth_copying
+
 STEADY_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles do not depend on how long the sequence has become."""
 
@@ -82,9 +84,15 @@ class PlainReader(Reader):
         self.layers, self.norm = list(stack.layers), stack.norm
         attention = self.layers[0].self_attn
         self.head_dim, self.sharing = attention.head_dim, attention.num_key_value_groups
-        shape = (real.shape[0], attention.config.num_key_value_heads, real.shape[1], self.head_dim)
+        self.key_heads = attention.config.num_key_value_heads
+        shape = (real.shape[0], self.key_heads, real.shape[1], self.head_dim)
         fresh = torch.zeros(shape, dtype=decoder.dtype, device=real.device)
         self.caches = [(fresh.clone(), fresh.clone()) for _ in self.layers]
+        read_at_once = [(each.self_attn.q_proj, each.self_attn.k_proj, each.self_attn.v_proj) for each in self.layers]
+        widened = [(each.mlp.gate_proj, each.mlp.up_proj) for each in self.layers]
+        copied = worth_copying([linear.weight for group in (*read_at_once, *widened) for linear in group])
+        self.attention_inputs = [SideBySide(group, copied) for group in read_at_once]
+        self.mlp_inputs = [SideBySide(group, copied) for group in widened]
         cosines, sines = stack.rotary_emb(fresh, self.positions)
         # rotate_half(x) = roll(x) with its first half negated; the sign goes into the sines
         negated, kept = sines.chunk(2, dim=-1)
@@ -109,21 +117,23 @@ class PlainReader(Reader):
         angles = self.cosines[:, :, chosen], self.sines[:, :, chosen]
         mask = self.padding[..., :end] if count == 1 else self._mask(chosen, end, embeds.dtype)
         hidden = embeds
-        for layer, held in zip(self.layers, self.caches, strict=True):
-            attention = layer.self_attn
-            x = _normed(layer.input_layernorm, hidden)
-            query = _rotated(self._heads(attention.q_proj(x)), *angles)
-            keys, values = (kept[:, :, :end] for kept in held)
-            keys[:, :, chosen.start :] = _rotated(self._heads(attention.k_proj(x)), *angles)
-            values[:, :, chosen.start :] = self._heads(attention.v_proj(x))
+        for number, layer in enumerate(self.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            x = self.attention_inputs[number](_normed(layer.input_layernorm, hidden))
+            # float[R, H + 2 H / G, Q, d]: heads of queries, then of keys, then of values
+            heads = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            turning, fresh_values = heads.split([heads.shape[1] - self.key_heads, self.key_heads], dim=1)
+            query, fresh_keys = _rotated(turning, *angles).split(
+                [turning.shape[1] - self.key_heads, self.key_heads], dim=1
+            )
+            keys, values = (kept[:, :, :end] for kept in self.caches[number])
+            keys[:, :, chosen.start :] = fresh_keys
+            values[:, :, chosen.start :] = fresh_values
             attended = self._attend(query, keys, values, mask, attention.scaling)
             hidden = hidden + attention.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], -1))
-            hidden = hidden + layer.mlp(_normed(layer.post_attention_layernorm, hidden))
+            gate, up = self.mlp_inputs[number](_normed(layer.post_attention_layernorm, hidden)).chunk(2, dim=-1)
+            hidden = hidden + mlp.down_proj(mlp.act_fn(gate) * up)
         return _normed(self.norm, hidden[:, -1])
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """float[R, Q, H * d] -> float[R, H, Q, d]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
         """float[R, H, Q, d] of query float[R, H, Q, d] over keys and values float[R, H / G, end, d]."""

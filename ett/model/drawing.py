@@ -211,7 +211,7 @@ class DrawingSteps:
         model: in evaluation mode. input_ids, attention_mask: int64[R, T], padded on the left. grid: (h, w).
 
     Attributes:
-        num_tokens: h * w.
+        num_tokens: h * w. logits: float[B, C] -> float[B, K], the image head alone.
 
     Raises:
         ModelError, ValueError: as `Drawing.generate_images`.
@@ -220,7 +220,7 @@ class DrawingSteps:
     def __init__(self, model: Drawing, input_ids: Tensor, attention_mask: Tensor, grid: tuple[int, int]) -> None:
         self.model, self.input_ids, self.width = model, input_ids, grid[1]
         self.num_tokens = grid[0] * grid[1]
-        self.head, self.codes = model.drawing_head, model.codes()
+        self.logits = model.drawing_head.fixed(model.codes())
         rows, length = input_ids.shape
         room = getattr(model.config.text_config.get_text_config(), "max_position_embeddings", None)
         positions = self.num_tokens + (grid[0] if model.projector.row_end is not None else 0)
@@ -251,7 +251,3 @@ class DrawingSteps:
         embeds = self.model.token_embeddings(indices, self.drawn, self.width).to(self.dtype)
         self.drawn += 1
         return self.reader.read(embeds.repeat(len(self.input_ids) // len(indices), 1, 1))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float[B, K] of float[B, C]: the image head alone."""
-        return cast(Tensor, self.head(hidden, self.codes))

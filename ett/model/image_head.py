@@ -7,13 +7,15 @@ model that draws neither merges positions nor shows them their neighbours (`chec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ett.errors import RecipeError
+from ett.model.few_rows import turned, worth_copying
 from ett.model.projector import ProjectorConfig
 
 HeadKind = Literal["tied", "linear", "vocabulary"]
@@ -90,3 +92,17 @@ class ImageHead(nn.Module):
         if self.kind == "tied":
             found = found @ codes.detach().to(found.dtype).T
         return found if self.bias is None else found + self.bias
+
+    def fixed(self, codes: Tensor) -> Callable[[Tensor], Tensor]:
+        """`forward` on these codes for as long as weights stay as they are, faster for few rows (ett.model.few_rows)."""
+        matrix = codes.detach().to(self.layer.weight.dtype) if self.kind == "tied" else self.layer.weight
+        if not worth_copying([matrix]):
+            return lambda hidden: cast(Tensor, self(hidden, codes))
+        columns = turned([matrix])
+
+        def logits(hidden: Tensor) -> Tensor:
+            rows = hidden.to(columns.dtype)
+            found = (self.layer(rows) if self.kind == "tied" else rows) @ columns
+            return found if self.bias is None else found + self.bias
+
+        return logits

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ett.model import few_rows
 from ett.model.decoding import LibraryReader, PlainReader, reader_for
 from tests.conftest import LANGUAGE_MODELS
 
@@ -41,11 +42,17 @@ def real() -> torch.Tensor:
     ],
     ids=str,
 )
-def test_both_readers_find_the_same_states(kind: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "layers"])
+def test_both_readers_find_the_same_states(
+    kind: str, changes: dict[str, Any], copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not copied:
+        monkeypatch.setattr(few_rows, "COPIED_BYTES", 0)
     stack = decoder(kind, **changes)
     assert PlainReader.fits(stack)
     embeds = torch.randn(3, 12, SIZE)
     ours, theirs = PlainReader(stack, real()), LibraryReader(stack, stack.config, real())
+    assert all((each.matrix is not None) == copied for each in (*ours.attention_inputs, *ours.mlp_inputs))
     # a prompt, then one position or two at a time
     for count, part in zip((5, 1, 1, 2, 1, 2), embeds.split([5, 1, 1, 2, 1, 2], dim=1), strict=True):
         assert part.shape[1] == count

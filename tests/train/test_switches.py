@@ -46,7 +46,8 @@ def losses(given: dict[str, Any], pictures: Path, out: Path, **switches: Any) ->
     [
         {"packing": True},
         {"packing": True, "gradient_checkpointing": True},
-        pytest.param({"compile": True}, marks=pytest.mark.slow),
+        # the compiler's warnings are torch's to mend
+        pytest.param({"compile": True}, marks=[pytest.mark.slow, pytest.mark.filterwarnings("default")]),
     ],
     ids=["packing", "checkpointing", "compile"],
 )
