@@ -48,7 +48,7 @@ bench: install
 	$(BIN)/python benchmarks/quantizer.py --rows 1024 --codes 65536 --repeats 3
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/generation.py --repeats 5
-	$(BIN)/python benchmarks/cached_codes.py --scales small medium --repeats 5
+	$(BIN)/python benchmarks/cached_codes.py --scales small medium --repeats 6
 	$(BIN)/python benchmarks/plan.py --cases toy quickstart tokenizer_64px
 
 bench-gpu: install

@@ -88,11 +88,12 @@ class PlainReader(Reader):
         shape = (real.shape[0], self.key_heads, real.shape[1], self.head_dim)
         fresh = torch.zeros(shape, dtype=decoder.dtype, device=real.device)
         self.caches = [(fresh.clone(), fresh.clone()) for _ in self.layers]
-        read_at_once = [(each.self_attn.q_proj, each.self_attn.k_proj, each.self_attn.v_proj) for each in self.layers]
+        inputs = [(each.self_attn.q_proj, each.self_attn.k_proj, each.self_attn.v_proj) for each in self.layers]
         widened = [(each.mlp.gate_proj, each.mlp.up_proj) for each in self.layers]
-        copied = worth_copying([linear.weight for group in (*read_at_once, *widened) for linear in group])
-        self.attention_inputs = [SideBySide(group, copied) for group in read_at_once]
-        self.mlp_inputs = [SideBySide(group, copied) for group in widened]
+        copied = worth_copying([linear.weight for group in (*inputs, *widened) for linear in group])
+        self.attention_inputs = [SideBySide(group, copied) for group in inputs]
+        # one matrix of both would leave the nearer caches
+        self.mlp_inputs = [(SideBySide([gate], copied), SideBySide([up], copied)) for gate, up in widened]
         cosines, sines = stack.rotary_emb(fresh, self.positions)
         # rotate_half(x) = roll(x) with its first half negated; the sign goes into the sines
         negated, kept = sines.chunk(2, dim=-1)
@@ -131,8 +132,9 @@ class PlainReader(Reader):
             values[:, :, chosen.start :] = fresh_values
             attended = self._attend(query, keys, values, mask, attention.scaling)
             hidden = hidden + attention.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], -1))
-            gate, up = self.mlp_inputs[number](_normed(layer.post_attention_layernorm, hidden)).chunk(2, dim=-1)
-            hidden = hidden + mlp.down_proj(mlp.act_fn(gate) * up)
+            gate, up = self.mlp_inputs[number]
+            x = _normed(layer.post_attention_layernorm, hidden)
+            hidden = hidden + mlp.down_proj(mlp.act_fn(gate(x)) * up(x))
         return _normed(self.norm, hidden[:, -1])
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:

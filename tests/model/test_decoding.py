@@ -52,7 +52,8 @@ def test_both_readers_find_the_same_states(
     assert PlainReader.fits(stack)
     embeds = torch.randn(3, 12, SIZE)
     ours, theirs = PlainReader(stack, real()), LibraryReader(stack, stack.config, real())
-    assert all((each.matrix is not None) == copied for each in (*ours.attention_inputs, *ours.mlp_inputs))
+    products = [*ours.attention_inputs, *(each for pair in ours.mlp_inputs for each in pair)]
+    assert all((each.matrix is not None) == copied for each in products)
     # a prompt, then one position or two at a time
     for count, part in zip((5, 1, 1, 2, 1, 2), embeds.split([5, 1, 1, 2, 1, 2], dim=1), strict=True):
         assert part.shape[1] == count
