@@ -6,14 +6,17 @@
 Both sides start from the same weights and take the same steps on the same batches of the recipe's own data: forward, backward,
 gradient clipping and AdamW at the recipe's rates, in the same type and threads, nothing compiled. The baseline is what one
 writes first: IBQ with an N x K softmax, batches padded to their longest, the logits of every position, PyTorch's own norm,
-swish and doubling one after the other, its default layout and optimizer. Pictures are encoded anew on both sides, for the
-tokenizer trains, and the share of them that is decoded is the recipe's on both. Losses are compared at every step.
+swish and doubling one after the other, its default layout and optimizer. It comes twice: "encoding once" shares one pass of
+encoder and quantizer between both losses, as we do; "encoding twice" puts two finished parts together, a tokenizer whose
+forward returns its loss and an encoding of the same pictures for the language model. The share of pictures that is decoded is
+the recipe's on all sides. Losses are compared at every step.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import os
 import platform
@@ -46,10 +49,14 @@ Loss = Callable[[Batch], Tensor]
 
 
 class Straightforward:
-    """L_cap + alpha * L_vq as one writes it first, on the same parts."""
+    """L_cap + alpha * L_vq as one writes it first, on the same parts.
 
-    def __init__(self, model: EttForConditionalGeneration, weights: LossConfig) -> None:
-        self.model, self.weights = model, weights
+    Args:
+        twice: whether either loss encodes the pictures for itself.
+    """
+
+    def __init__(self, model: EttForConditionalGeneration, weights: LossConfig, *, twice: bool) -> None:
+        self.model, self.weights, self.twice = model, weights, twice
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()
 
@@ -60,8 +67,7 @@ class Straightforward:
     def loss(self, batch: Batch) -> Tensor:
         model, weights = self.model, self.weights
         tokenizer = model.vision_tokenizer
-        features = tokenizer._encode(batch.pixel_values)
-        embeddings, quantization_loss = self.quantize(features)
+        embeddings, quantization_loss = self.quantize(tokenizer._encode(batch.pixel_values))
         visual = model.projector(embeddings)
         is_image = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
         text = model.get_input_embeddings()(batch.input_ids.masked_fill(is_image.squeeze(-1), 0))
@@ -71,6 +77,8 @@ class Straightforward:
             labels=batch.labels,
             use_cache=False,
         )
+        if self.twice:
+            embeddings, quantization_loss = self.quantize(tokenizer._encode(batch.pixel_values))
         shown = batch.pixel_values[: math.ceil(weights.reconstruction_share * len(batch.pixel_values))]
         difference = tokenizer._decode(embeddings[: len(shown)]) - shown
         reconstruction = difference.abs().mean() if weights.reconstruction == "l1" else difference.pow(2).mean()
@@ -96,7 +104,7 @@ class Straightforward:
 
 
 class Side:
-    """One of the two: its copy of the model, its loss, its optimizer."""
+    """One of them: its copy of the model, its loss, its optimizer."""
 
     def __init__(
         self, loss: Loss, model: EttForConditionalGeneration, optimizer: torch.optim.Optimizer, max_norm: float
@@ -127,29 +135,33 @@ def _wait(batch: Batch) -> None:
 def sides(
     model: EttForConditionalGeneration, parts: dict[str, torch.nn.Module], weights: LossConfig, config: OptimizerConfig
 ) -> dict[str, Side]:
-    """Ours, and the straightforward composition on a copy of the model."""
+    """Ours, and the straightforward composition in both forms, each on a copy of the model."""
     max_norm = config.max_grad_norm or math.inf
-    plain = copy.deepcopy(model)
     optimizer = build_optimizer(parts, config)
     rates = {group["part"]: group["peak_lr"] for group in optimizer.param_groups}
-    groups = [{"params": getattr(plain, part).parameters(), "lr": rate} for part, rate in rates.items()]
-    default = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     objective = JointObjective(model)
 
     def ours(batch: Batch) -> Tensor:
         loss: Tensor = objective(batch, weights, Shares(float(batch.num_supervised), 1.0)).loss
         return loss
 
+    def straightforward(*, twice: bool) -> Side:
+        plain = copy.deepcopy(model)
+        groups = [{"params": getattr(plain, part).parameters(), "lr": rate} for part, rate in rates.items()]
+        default = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        return Side(Straightforward(plain, weights, twice=twice), plain, default, max_norm)
+
     return {
+        "encoding once": straightforward(twice=False),
+        "encoding twice": straightforward(twice=True),
         "ours": Side(ours, model, optimizer, max_norm),
-        "straightforward": Side(Straightforward(plain, weights), plain, default, max_norm),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", nargs="+", default=["quickstart", "arm=ett"], help="with overrides")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe[0], arguments.recipe[1:])
@@ -171,26 +183,30 @@ def main() -> None:
         f"torch {torch.__version__}, {platform.processor() or platform.machine()}"
     )
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in both}
+    orders = list(itertools.permutations(both))
     for step in range(arguments.steps + 1):
         draws = range(step * stage.batch_size, (step + 1) * stage.batch_size)
         batch = processor.collate([processor.encode(mixture[draw]) for draw in draws])
         batch = batch.to(torch.device(arguments.device))
-        for name, side in both.items():
-            found[name].append(side.step(batch, schedule_factor(stage.optimizer, step, stage.steps)))
-    apart = [abs(a[0] - b[0]) for a, b in zip(*found.values(), strict=True)]
-    for name, steps in found.items():
+        # every order as often: who comes first finds the machine's caches full of another's
+        for name in orders[step % len(orders)]:
+            found[name].append(both[name].step(batch, schedule_factor(stage.optimizer, step, stage.steps)))
+    ours = found.pop("ours")
+    for name, steps in {"ours": ours, **found}.items():
         seconds = [each[1] for each in steps[1:]]  # the first one warms up
         print(
             f"{name:<16} median {statistics.median(seconds):7.3f} s a step (min {min(seconds):.3f}, max {max(seconds):.3f}), "
             f"{stage.batch_size / statistics.median(seconds):6.1f} samples/s, CPU time "
             f"{statistics.median(each[2] for each in steps[1:]):.3f} s, last loss {steps[-1][0]:.5f}"
         )
-    for label, column in (("time", 1), ("CPU time", 2)):
-        ratios = [b[column] / a[column] for a, b in zip(found["ours"][1:], found["straightforward"][1:], strict=True)]
-        shown = f"{statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})"
-        print(f"straightforward / ours, {label}: {shown}")
-    each = ", ".join(f"{difference:.0e}" for difference in apart)
-    print(f"losses apart by at most {max(apart):.1e} over {len(apart)} steps ({each})")
+    for name, steps in found.items():
+        for label, column in (("time", 1), ("CPU time", 2)):
+            ratios = [b[column] / a[column] for a, b in zip(ours[1:], steps[1:], strict=True)]
+            shown = f"{statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})"
+            print(f"{name} / ours, {label}: {shown}")
+        apart = [abs(a[0] - b[0]) for a, b in zip(ours, steps, strict=True)]
+        each = ", ".join(f"{difference:.0e}" for difference in apart)
+        print(f"{name}: losses apart by at most {max(apart):.1e} over {len(apart)} steps ({each})")
 
 
 if __name__ == "__main__":
