@@ -14,6 +14,7 @@ from ett.data.entry_source import shard_paths
 from ett.data.table import files_of
 from ett.errors import ModelError, RecipeError
 from ett.experiments.recipe import Recipe, dump_recipe, load_recipe
+from ett.files import fsync
 from ett.train.health import HealthConfig
 
 RECIPE_NAME = "recipe.yaml"
@@ -131,8 +132,14 @@ class RunFolder:
                 f"{self.path} was started with another recipe (now: {shown}). Resume it with its own: "
                 f"ett train {written} --out {self.path} --resume. Or start anew with --overwrite."
             )
-        marker = json.loads((self.path / MARKER_NAME).read_text(encoding="utf-8"))
-        for name, expected in marker["manifests"].items():
+        try:
+            manifests = dict(json.loads((self.path / MARKER_NAME).read_text(encoding="utf-8"))["manifests"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecipeError(
+                f"{self.path / MARKER_NAME} is damaged ({type(error).__name__}), so nothing tells whether the data are "
+                "still those of the run. Put back a copy, or start anew with --overwrite."
+            ) from error
+        for name, expected in manifests.items():
             if _manifest_hashes(self.recipe).get(name) != expected:
                 raise RecipeError(
                     f"{name} has changed since {self.path} was started, so the run cannot be continued exactly. Restore the "
@@ -173,4 +180,5 @@ def _holds_weights(folder: Path) -> bool:
 def _write(path: Path, text: str) -> None:
     work = path.with_suffix(".tmp")
     work.write_text(text, encoding="utf-8")
+    fsync(work)
     work.replace(path)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 
 from ett.config import to_mapping
 from ett.data.mixture import STORED, Mixture, SourceConfig, build_mixture
@@ -42,6 +43,7 @@ from ett.model.loading import find_weights
 from ett.model.loading import load_model as load_saved
 from ett.model.processing import EttProcessor
 from ett.model.text import byte_tokenizer
+from ett.signals import noted_signals
 from ett.tokenizers import VisionTokenizer
 from ett.train.cached import cached_data
 from ett.train.checkpoint import checkpoint_folders, publish
@@ -134,12 +136,18 @@ class Run:
         order = {each: i for i, each in enumerate(self.recipe.stage_names)}
         log.forget_after(order, name, stage.step)
         log.start_stage(sum(earlier.steps for earlier in self.recipe.stages[:k]))
-        stage.run()
-        if accelerator.is_main_process:
-            self._save_stage(k, model, processor)
-            self._clear_up(k)
-        accelerator.wait_for_everyone()
+        # a signal that comes when the last step is done waits until the stage's model is saved
+        with noted_signals(second_one_stops=True) as received:
+            stage.run(received)
+            if accelerator.is_main_process:
+                self._save_stage(k, model, processor)
+                self._clear_up(k)
+            accelerator.wait_for_everyone()
         accelerator.free_memory()
+        # together: a rank that had none would wait for the others in the next stage
+        number = max(gather_object([received[0] if received else 0]))
+        if number:
+            raise Interrupted(config.steps, number)
 
     def _clear_up(self, k: int) -> None:
         """Drop what only the training of stage `k` needed."""

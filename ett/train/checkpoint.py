@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,8 +145,16 @@ def write_checkpoint(directory: Path, snapshot: Snapshot, keep: int = KEPT) -> C
     best = best_of(checkpoints)
     for old in checkpoints[:-keep]:
         if old != best:
-            shutil.rmtree(old.path)
+            _drop(old.path)
     return Checkpoint(target, snapshot.step)
+
+
+def _drop(path: Path) -> None:
+    """Delete a checkpoint's folder; killed on the way, no half of it is left under its name. One that cannot go stays."""
+    aside = path.with_name(f".{path.name}.old")
+    with suppress(OSError):
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unwritten(directory: Path, snapshot: Snapshot, error: Exception) -> str:
@@ -241,28 +250,68 @@ def newest_whole(directory: Path, stage: str, tell: Callable[[int, str], None]) 
     Raises:
         ModelError: there are checkpoints, but none is whole.
     """
-    damaged: list[tuple[Checkpoint, str]] = []
-    for checkpoint in reversed(list_checkpoints(directory, stage)):
-        reason = find_damage(checkpoint)
-        if reason is None:
-            for each, why in damaged:
-                aside = each.path.with_name(f"{each.path.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                each.path.rename(aside)
-                tell(
-                    checkpoint.step,
-                    f"The checkpoint of step {each.step} is damaged: {why} It was set aside as {aside}; the run goes on from "
-                    f"step {checkpoint.step}.",
-                )
-            return checkpoint
-        damaged.append((checkpoint, reason))
-    if damaged:
+    checkpoints = list_checkpoints(directory, stage)
+    found, damaged = _first_whole(list(reversed(checkpoints)))
+    if found is not None:
+        for each, reason in damaged:
+            aside = _set_aside(each)
+            tell(
+                found.step,
+                f"The checkpoint of step {each.step} is damaged: {reason} It was set aside as {aside}; the run goes on from "
+                f"step {found.step}.",
+            )
+    elif damaged:
         reasons = " ".join(reason for _, reason in damaged)
         raise ModelError(
             f"No checkpoint of stage {stage} in {directory} is whole. {reasons} Delete them to begin the stage anew with "
             "--resume, or put back a copy."
         )
-    return None
+    return found
+
+
+def best_whole(directory: Path, stage: str, tell: Callable[[int, str], None]) -> Checkpoint | None:
+    """The checkpoint of `stage` whose validation was best among those whose files are as they were written; None where none
+    was validated.
+
+    Args:
+        tell: see `newest_whole`; for each better one that is damaged.
+
+    Raises:
+        ModelError: checkpoints were validated, but none of them is whole.
+    """
+    validated = [each for each in list_checkpoints(directory, stage) if math.isfinite(each.validation_loss)]
+    found, damaged = _first_whole(sorted(validated, key=lambda each: each.validation_loss))
+    if found is None and damaged:
+        raise ModelError(
+            f"No checkpoint of a validation of stage {stage} in {directory} is whole, and the stage ends with the best one. "
+            f"{' '.join(reason for _, reason in damaged)} Put back a copy, then continue with --resume."
+        )
+    for each, reason in damaged:
+        aside = _set_aside(each)
+        tell(
+            each.step,
+            f"The best checkpoint, of step {each.step}, is damaged: {reason} It was set aside as {aside}; the stage ends with "
+            "the best of the others.",
+        )
+    return found
+
+
+def _first_whole(candidates: Sequence[Checkpoint]) -> tuple[Checkpoint | None, list[tuple[Checkpoint, str]]]:
+    """(the first that is whole, the damaged ones before it with what is wrong)."""
+    damaged: list[tuple[Checkpoint, str]] = []
+    for checkpoint in candidates:
+        reason = find_damage(checkpoint)
+        if reason is None:
+            return checkpoint, damaged
+        damaged.append((checkpoint, reason))
+    return None, damaged
+
+
+def _set_aside(checkpoint: Checkpoint) -> Path:
+    aside = checkpoint.path.with_name(f"{checkpoint.path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.path.rename(aside)
+    return aside
 
 
 def find_damage(checkpoint: Checkpoint) -> str | None:
@@ -282,11 +331,11 @@ def find_damage(checkpoint: Checkpoint) -> str | None:
 
 
 def list_checkpoints(directory: Path, stage: str) -> list[Checkpoint]:
-    """This stage's complete checkpoints, oldest first."""
+    """This stage's checkpoints, oldest first. Folders appear whole: one that lacks a file was damaged (`find_damage`)."""
     found = []
     for path in directory.glob(f"{stage}-*") if directory.is_dir() else ():
         number = path.name[len(stage) + 1 :]
-        if number.isdecimal() and (path / META).is_file():
+        if number.isdecimal():
             found.append(Checkpoint(path, int(number)))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 

@@ -13,7 +13,7 @@ from torch.distributed import DistError
 
 from ett.errors import UserError
 
-GO_ON = "The last checkpoint is whole: continue with --resume."
+GO_ON = "Continue with --resume: from the last checkpoint, or from the beginning of the stage where it has none yet."
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # how gloo and NCCL name a peer that is gone; neither has a type of its own for it on every road

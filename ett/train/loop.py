@@ -163,9 +163,7 @@ class Stage:
         Raises:
             ModelError: there are checkpoints, but none is whole.
         """
-        self.step = self.saver.resume(
-            lambda step, message: self.log.warning(self.name, step, "damaged_checkpoint", message, once=False)
-        )
+        self.step = self.saver.resume(self._tell_damage)
 
     def save(self, validation_loss: float | None = None) -> None:
         """Begin to write a checkpoint of the steps finished so far.
@@ -179,8 +177,11 @@ class Stage:
                 self.health.before_saving(self.step)
         self.saver.save(self.step, validation_loss)
 
-    def run(self) -> None:
+    def run(self, received: list[int] | None = None) -> None:
         """Train to the last step; of a sharded model, the first rank then has the whole.
+
+        Args:
+            received: where the caller notes signals (`noted_signals`), until the stage's model is saved; None notes them here.
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was saved.
@@ -189,16 +190,9 @@ class Stage:
             DataError: an example that cannot be used, or more of them than the recipe allows.
         """
         config = self.config
-        bar = tqdm(
-            total=config.steps,
-            initial=self.step,
-            desc=self.name,
-            unit="step",
-            disable=None,
-            dynamic_ncols=True,
-            leave=True,
-        )
-        with noted_signals(second_one_stops=True) as self._received, bar, self.saver:
+        bar = tqdm(total=config.steps, initial=self.step, desc=self.name, unit="step", disable=None, dynamic_ncols=True)
+        signals = noted_signals(second_one_stops=True) if received is None else nullcontext(received)
+        with signals as self._received, bar, self.saver:
             self.bad_samples.begin(self.step)
             started, seen = time.monotonic(), 0
             stopped, validation_loss = False, None
@@ -241,7 +235,7 @@ class Stage:
                 self.saver.settle()
                 raise Interrupted(self.step, self._received[0] if self._received else signal.SIGTERM)
             if config.ends_with == "best":
-                self.log.ends_with(self.name, self.step, self.saver.restore_best())
+                self.log.ends_with(self.name, self.step, self.saver.restore_best(self._tell_damage))
         if self.average is not None:
             self.average.apply()
         merge(self.model, self.accelerator.is_main_process)
@@ -449,6 +443,9 @@ class Stage:
     def _stopped_alone(self) -> bool:
         """Whether to stop where ranks cannot ask each other."""
         return self.accelerator.num_processes == 1 and bool(self._received)
+
+    def _tell_damage(self, step: int, message: str) -> None:
+        self.log.warning(self.name, step, "damaged_checkpoint", message, once=False)
 
     def _is_best(self, validation_loss: float | None) -> bool:
         """Whether these weights are what the stage may end with; every rank says the same."""

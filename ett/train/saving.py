@@ -21,6 +21,7 @@ from ett.train.checkpoint import (
     CheckpointError,
     Stateful,
     best_of,
+    best_whole,
     checkpoint_folders,
     list_checkpoints,
     load_checkpoint,
@@ -143,12 +144,27 @@ class Saver:
         if error is not None:
             raise error
 
-    def restore_best(self) -> int:
-        """Put the weights (and averages) of the best validation back; returns its step."""
+    def restore_best(self, tell: Callable[[int, str], None]) -> int:
+        """Put the weights (and averages) of the best validation back; returns its step.
+
+        Args:
+            tell: see `best_whole`.
+
+        Raises:
+            UserError: no checkpoint of a validation, or none that is whole.
+        """
         self.settle()
-        best = best_of(list_checkpoints(self.directory, self.stage))
+        best, error = None, None
+        if self.accelerator.is_main_process:
+            try:
+                best = best_whole(self.directory, self.stage, tell)
+            except ModelError as caught:
+                error = str(caught)
+        best, error = broadcast_object_list([best, error])
+        if error is not None:
+            raise ModelError(error)
         if best is None:
             raise UserError(f"Stage {self.stage}: there is no checkpoint of a validation to end with.")
         averages = {name: each for name, each in self.extras.items() if name == "average"}
         load_weights(best, self.model, averages)
-        return best.step
+        return int(best.step)

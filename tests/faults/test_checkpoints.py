@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,8 +26,9 @@ from ett.experiments.recipe import Recipe, load_recipe
 from ett.experiments.run import Interrupted, Run, load_model
 from ett.train import checkpoint as checkpoint_module
 from ett.train import loop as loop_module
-from ett.train.checkpoint import META, STATE, WEIGHTS, best_of, find_damage, list_checkpoints
+from ett.train.checkpoint import META, STATE, WEIGHTS, best_of, best_whole, find_damage, list_checkpoints
 from ett.train.log import read_log
+from ett.train.saving import Saver
 from tests.conftest import killed_at
 
 
@@ -90,6 +92,7 @@ def halve(path: Path) -> None:
         (STATE, halve, "its hash is not the recorded one"),
         (STATE, Path.unlink, r"state\.pt is missing"),
         (META, halve, r"checkpoint\.json is damaged"),
+        (META, Path.unlink, r"checkpoint\.json is missing"),
     ],
 )
 def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(
@@ -293,6 +296,72 @@ def test_the_best_checkpoint_outlives_newer_ones_and_is_what_the_stage_ends_with
     model, _ = load_model(folder)
     assert all(torch.equal(tensor, kept[3][name]) for name, tensor in model.state_dict().items())
     assert not all(torch.equal(tensor, kept[6][name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_damaged_best_checkpoint_is_reported_and_the_next_best_taken(killed: Path) -> None:
+    """As they are written for a stage that ends with its best; nothing of a damaged one is loaded."""
+    folder = killed / "checkpoints"
+    for each, loss in zip(checkpoints(killed), (1.0, 2.0), strict=True):
+        meta = json.loads((each.path / META).read_text(encoding="utf-8"))
+        (each.path / META).write_text(json.dumps(meta | {"validation_loss": loss}), encoding="utf-8")
+    first, second = checkpoints(killed)
+    told: list[str] = []
+    assert best_whole(folder, "semantic", lambda _, message: told.append(message)) == first
+    assert told == []
+    flip(first.path / WEIGHTS)
+    assert best_whole(folder, "semantic", lambda _, message: told.append(message)) == second
+    assert re.search(r"best checkpoint, of step 2, is damaged: .*hash", told[0])
+    flip(second.path / STATE)
+    with pytest.raises(ModelError, match=r"No checkpoint of a validation .*0000003/state"):
+        best_whole(folder, "semantic", lambda *_: None)
+
+
+@pytest.mark.parametrize("moment", ["the last checkpoint", "the model"])
+def test_sigterm_at_the_end_of_a_stage_is_obeyed_when_its_model_is_saved(
+    moment: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    twice = replace(recipe, stages=(replace(recipe.stages[0], steps=2, checkpoint_every=None),) * 2)
+    Run(twice, tmp_path / "whole").train()
+    owner, name = (Saver, "__exit__") if moment == "the last checkpoint" else (Run, "_save_stage")
+    plain, calls = getattr(owner, name), 0
+
+    def signalled(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        with pytest.raises(Interrupted) as caught:
+            Run(twice, tmp_path / "run").train()
+    assert caught.value.signal_number == signal.SIGTERM
+    assert calls == 1, "the second stage has not begun"
+    assert [path.name for path in (tmp_path / "run" / "stages").iterdir()] == ["0-semantic"]
+    Run(twice, tmp_path / "run", resume=True).train()
+    one, other = (tmp_path / run / "stages" / "1-semantic-2" / "model.safetensors" for run in ("whole", "run"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_nothing(recipe: Recipe, whole: str, tmp_path: Path) -> None:
+    plain = Path.rename
+
+    def busy(self: Path, target: Any) -> Path:
+        if self.name == "semantic-0000001":
+            raise OSError(errno.EBUSY, "Device or resource busy", str(self))
+        return plain(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", busy)
+        Run(recipe, tmp_path / "run").train()
+    assert digest(tmp_path / "run") == whole
+
+
+def test_a_damaged_marker_is_told(recipe: Recipe, killed: Path) -> None:
+    halve(killed / "run.json")
+    with pytest.raises(RecipeError, match=r"run\.json is damaged"):
+        Run(recipe, killed, resume=True)
 
 
 def test_every_rank_has_a_random_state_of_its_own(recipe: Recipe, killed: Path) -> None:
