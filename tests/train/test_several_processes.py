@@ -1,8 +1,8 @@
 """Several processes compute what one does, each with the whole model (DDP) or with its part (FSDP2), and take over from each
 other.
 
-What is equal to what: a step of two processes that accumulate A micro-batches of m examples is a step of one process that
-accumulates A micro-batches of 2 m. Every mean over pictures and the caption loss would be the same for any A; L_entropy would
+What is equal to what: a step of W processes that accumulate A micro-batches of m examples is a step of one process that
+accumulates A micro-batches of W m. Every mean over pictures and the caption loss would be the same for any A; L_entropy would
 not, because the entropy of the mean over the codes of a micro-batch is another number than that over the whole step. The ranks'
 i-th micro-batches together hold the examples of the one process's i-th, and its mean runs over all of them.
 """
@@ -41,9 +41,9 @@ def semantic(recipe: dict[str, Any], steps: int) -> dict[str, Any]:
     return recipe
 
 
-def halved(recipe: dict[str, Any], sharding: str) -> dict[str, Any]:
-    """The same steps for two processes."""
-    stages = [{**stage, "micro_batch_size": stage["micro_batch_size"] // 2} for stage in recipe["stages"]]
+def divided(recipe: dict[str, Any], sharding: str, world: int) -> dict[str, Any]:
+    """The same steps for `world` processes."""
+    stages = [{**stage, "micro_batch_size": stage["micro_batch_size"] // world} for stage in recipe["stages"]]
     return {**recipe, "stages": stages, "sharding": sharding}
 
 
@@ -69,25 +69,27 @@ def assert_equal_runs(one: Path, two: Path, steps: int) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("sharding", "text"),
+    ("sharding", "text", "world"),
     [
-        pytest.param("ddp", False, marks=pytest.mark.slow),
-        pytest.param("fsdp", False, marks=pytest.mark.slow),
-        pytest.param("ddp", True, marks=pytest.mark.slow),
-        ("fsdp", True),
+        pytest.param("ddp", False, 2, marks=pytest.mark.slow),
+        pytest.param("fsdp", False, 2, marks=pytest.mark.slow),
+        pytest.param("ddp", True, 2, marks=pytest.mark.slow),
+        ("fsdp", True, 2),
+        pytest.param("ddp", True, 4, marks=pytest.mark.slow),
+        pytest.param("fsdp", True, 4, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_equal_one_within_1e5_over_ten_semantic_steps(
-    sharding: str, text: bool, toy_recipe: dict[str, Any], tmp_path: Path
+def test_several_processes_equal_one_within_1e5_over_ten_semantic_steps(
+    sharding: str, text: bool, world: int, toy_recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     """float32, entropy on, no discriminator, the paper's learning rate; with `text`, ranks have unequal numbers of pictures."""
     if text:
         text_among_pictures(Path(toy_recipe["data"][0]["path"]))
     recipe = semantic(toy_recipe, 10)
     Run(from_mapping(Recipe, recipe), tmp_path / "one").train()
-    complete(write(halved(recipe, sharding), tmp_path / "recipe.yaml"), tmp_path / "two", 2)
-    assert_equal_runs(tmp_path / "one", tmp_path / "two", 10)
-    model, _ = load_model(tmp_path / "two")
+    complete(write(divided(recipe, sharding, world), tmp_path / "recipe.yaml"), tmp_path / "several", world)
+    assert_equal_runs(tmp_path / "one", tmp_path / "several", 10)
+    model, _ = load_model(tmp_path / "several")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -103,9 +105,9 @@ def test_one_run_goes_from_ddp_to_fsdp_to_a_single_process(toy_recipe: dict[str,
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     Run(from_mapping(Recipe, recipe), whole).train()
     reached = 0
-    for sharding in ("ddp", "fsdp"):
+    for sharding, world in (("ddp", 4), ("fsdp", 2)):
         given = write({**recipe, "sharding": sharding}, tmp_path / f"{sharding}.yaml")
-        with started(given, moved, 2, "--resume") as ranks:
+        with started(given, moved, world, "--resume") as ranks:
             wait_for_step(moved, reached + 3, ranks)
             ranks[1].send_signal(signal.SIGTERM)
             for code, errors in finish(ranks, timeout=300):
