@@ -30,8 +30,14 @@ def add_comparison_options(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", metavar="MODEL", type=Path, help="a run or saved model, or a shipped name: reader_64px")
+def add_model(sub: argparse.ArgumentParser, text: str = "a run or saved model, or a shipped name: reader_64px") -> None:
+    sub.add_argument("model", metavar="MODEL", type=Path, help=text)
+
+
+def add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--device", help="where the model runs, for example cuda (default: an accelerator where there is one, else cpu)"
+    )
 
 
 def add_source_options(sub: argparse.ArgumentParser, split: str = "validation") -> None:

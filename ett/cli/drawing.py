@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ett.cli.common import Add, Command, add_model, positive, quiet_libraries
 from ett.errors import ModelError, UserError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KINDS = ("geneval", "dpg", "t2i-compbench")
 JUDGES = ("names", "words", "scenes")
+DRAWS = "a run or saved model that learned to draw (stage gen or joint); none is shipped"
 
 
 def register(add: Add) -> None:
@@ -28,7 +29,7 @@ def register(add: Add) -> None:
     sub = add(
         "draw", _draw, "draw pictures from prompts", 'ett draw runs/draw_64px "red apple, noto" --out apples --num 4'
     )
-    add_model(sub)
+    add_model(sub, DRAWS)
     sub.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to draw")
     sub.add_argument("--prompts", dest="file", metavar="FILE", type=Path, help="further prompts, one a line")
     sub.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder")
@@ -53,7 +54,7 @@ def register(add: Add) -> None:
             f"ett t2i {kind} runs/draw_64px --prompts PROMPTS --out {kind}/mine",
         )
         sub.set_defaults(kind=kind)
-        add_model(sub)
+        add_model(sub, DRAWS)
         _add_prompts(sub)
         sub.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder that the scorer reads")
         _add_sampling(sub)
@@ -64,7 +65,7 @@ def register(add: Add) -> None:
         "draw built-in pictures, words and scenes from their names, and have the drawings judged offline",
         "ett t2i judge runs/draw_64px --split pair --json figures.json",
     )
-    add_model(sub)
+    add_model(sub, DRAWS)
     sub.add_argument(
         "--judges",
         metavar="JUDGE",
@@ -342,16 +343,15 @@ def _rewriter(arguments: argparse.Namespace) -> Callable[[str], str] | None:
 
 def _load(path: Path) -> tuple[str, EttForConditionalGeneration, EttProcessor]:
     """(hash of the weights, the model on the best device, its processor)."""
-    from torch import nn
-
+    from ett.devices import place
     from ett.evaluate.run import load_for_evaluation
     from ett.experiments.run import resolve_model_folder
-    from ett.generate.draw import best_device, checkpoint_hash
+    from ett.generate.draw import checkpoint_hash
 
     folder = resolve_model_folder(path)
     model, _, processor = load_for_evaluation(folder)
     if model is None or model.image_head is None:
         what = "holds a vision tokenizer alone" if model is None else "has no image head"
         raise ModelError(f"{path} {what}; drawing needs a model that was trained with a `gen` or `joint` stage.")
-    cast(nn.Module, model).to(best_device())
+    place(model)
     return checkpoint_hash(folder), model, processor

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from ett.cli.common import Add, add_model, add_source_options, positive, quiet_libraries
+from ett.cli.common import Add, add_device, add_model, add_source_options, positive, quiet_libraries
 from ett.errors import UserError
 
 
@@ -29,6 +30,7 @@ def register(add: Add) -> None:
     sub.add_argument("--limit", type=positive, help="examples of each source")
     sub.add_argument("--batch-size", type=positive, default=16)
     sub.add_argument("--max-new-tokens", type=positive, default=64, help="where answers stop at the latest")
+    add_device(sub)
     sub.add_argument("--json", metavar="FILE", type=Path, help="write metrics and predictions")
     sub.add_argument("--markdown", metavar="FILE", type=Path, help="write a table of the metrics")
     sub.add_argument("--html", metavar="FILE", type=Path, help="write a page with metrics and answers")
@@ -49,15 +51,26 @@ def register(add: Add) -> None:
     add_source_options(sub, "heldout")
     sub.add_argument("--limit", type=positive, help="examples of each source")
 
-    sub = add("report", _report, "write a run's report.html", "ett report runs/demo")
+    sub = add(
+        "report",
+        _report,
+        "write report.html: curves, answers, and pictures before and after tuning (docs/evaluation.md)",
+        "ett report runs/demo",
+    )
     sub.add_argument("run", metavar="RUN", type=Path, help="a folder written by ett train, ett ablate or ett demo")
+    sub.add_argument(
+        "--limit", type=positive, help="of a run: examples of each source, measured anew (default: 32, once)"
+    )
+    sub.add_argument("--kept", action="store_true", help="show what the run's folder holds; load no model")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from ett.devices import place
     from ett.evaluate.markdown import markdown
     from ett.evaluate.report import evaluation_page
     from ett.evaluate.run import evaluate, load_for_evaluation, save_text
-    from ett.evaluate.sources import builtin_sources, manifest_source
+    from ett.evaluate.shares import launched
+    from ett.evaluate.sources import builtin_sources, held_back, manifest_source
     from ett.experiments.run import evaluation_sources, recipe_of, resolve_model_folder
 
     quiet_libraries()
@@ -67,25 +80,32 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     split = arguments.split or "validation"
     if arguments.data:
         sources = manifest_source(arguments.data, arguments.image_root)
-    elif (recipe := recipe_of(arguments.model)) is not None:
-        sources = evaluation_sources(recipe, split)
     else:
-        sources = builtin_sources(split)
+        recipe = recipe_of(arguments.model)
+        # a run that holds nothing back can still be measured on built-in data, where one asks for it
+        own = recipe is not None and (not arguments.split or held_back(recipe.evaluation.data, recipe.data))
+        sources = evaluation_sources(recipe, split) if recipe is not None and own else builtin_sources(split)
     tasks = [name.strip() for name in arguments.tasks.split(",")] if arguments.tasks else None
     model, tokenizer, processor = load_for_evaluation(folder)
     initial = None
     if arguments.initial:
         _, initial, _ = load_for_evaluation(resolve_model_folder(arguments.initial))
-    result = evaluate(
-        model if model is not None else tokenizer,
-        processor,
-        sources,
-        tasks,
-        batch_size=arguments.batch_size,
-        limit=arguments.limit,
-        max_new_tokens=arguments.max_new_tokens,
-        initial_tokenizer=initial,
-    )
+    subject = model if model is not None else tokenizer
+    place(subject, arguments.device)
+    with launched() as (divided, writes):
+        result = evaluate(
+            subject,
+            processor,
+            sources,
+            tasks,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            max_new_tokens=arguments.max_new_tokens,
+            initial_tokenizer=initial,
+            divided=divided,
+        )
+    if not writes:
+        return 0
     if arguments.json:
         result.save(arguments.json)
     if arguments.markdown:
@@ -100,12 +120,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from ett.evaluate.report import write_report
     from ett.experiments.comparison import is_comparison
     from ett.experiments.comparison_report import write_comparison_report
+    from ett.experiments.run_report import write_run_report
 
     quiet_libraries()
-    print(write_comparison_report(arguments.run) if is_comparison(arguments.run) else write_report(arguments.run))
+    if is_comparison(arguments.run):
+        print(write_comparison_report(arguments.run))
+        return 0
+    path, why = write_run_report(arguments.run, arguments.limit, measure=not arguments.kept)
+    if why:
+        print(f"Curves alone, no pictures and answers: {why}", file=sys.stderr)
+    print(path)
     return 0
 
 

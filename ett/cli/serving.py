@@ -8,7 +8,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from ett.cli.common import Add, positive, quiet_libraries
+from ett.cli.common import Add, add_device, positive, quiet_libraries
 from ett.errors import UserError
 from ett.serve.limits import Limits
 
@@ -57,9 +57,7 @@ def register(add: Add) -> None:
         type=Path,
         help=f"API keys, one a line, of which requests must bring one; {KEY_VARIABLE} in the environment is another",
     )
-    sub.add_argument(
-        "--device", help="where the model runs, for example cuda (default: an accelerator where there is one, else cpu)"
-    )
+    add_device(sub)
     sub.add_argument("--access-log", action="store_true", help="a line for each request")
     limits = sub.add_argument_group("limits")
     for each in fields(Limits):

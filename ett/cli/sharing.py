@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ett.cli.common import Add, print_json, quiet_libraries
+from ett.cli.common import Add, add_model, print_json, quiet_libraries
 from ett.errors import UserError
 
 
@@ -17,7 +17,7 @@ def register(add: Add) -> None:
         "write a model with its own code and a card, to be loaded where ett is not installed (docs/share.md)",
         "ett export runs/mine exported/mine --license apache-2.0 --push me/mine",
     )
-    sub.add_argument("model", metavar="MODEL", type=Path, help="a folder written by ett train or save_pretrained")
+    add_model(sub)
     sub.add_argument("destination", metavar="DIR", type=Path, help="a new folder")
     sub.add_argument("--license", metavar="NAME", help="licence that the card states, for example apache-2.0")
     sub.add_argument("--metrics", metavar="FILE", type=Path, help="what `ett evaluate --json` wrote, for the card")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ett.cli.common import Add, add_model, positive, print_json, quiet_libraries
+from ett.cli.common import Add, add_device, add_model, positive, print_json, quiet_libraries
 
 
 def register(add: Add) -> None:
@@ -17,6 +17,7 @@ def register(add: Add) -> None:
     sub.add_argument("image", metavar="IMAGE", type=Path)
     sub.add_argument("question", nargs="?", help="left out: the model describes the picture")
     sub.add_argument("--max-new-tokens", type=positive, default=128)
+    add_device(sub)
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
     sub = add(
@@ -31,6 +32,7 @@ def register(add: Add) -> None:
     sub.add_argument(
         "--size", type=positive, help="side that pictures are fitted to [pixels]; default: the model's own"
     )
+    add_device(sub)
     sub.add_argument("--compare", action="store_true", help="also write original and reconstruction side by side")
     sub.add_argument("--json", action="store_true", help="print one JSON array instead of lines")
 
@@ -44,6 +46,7 @@ def register(add: Add) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    from ett.devices import place
     from ett.errors import ModelError
     from ett.evaluate.run import load_for_evaluation
     from ett.experiments.run import resolve_model_folder
@@ -57,6 +60,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         raise ModelError(
             f"{arguments.model} holds a vision tokenizer alone; chatting needs a model with a language model."
         )
+    place(model, arguments.device)
     live = sys.stdout.isatty() and not arguments.json
     show: Callable[[str], None] | None = (lambda piece: print(piece, end="", flush=True)) if live else None
     text = answer(model, processor, [image], arguments.question, max_new_tokens=arguments.max_new_tokens, on_text=show)
@@ -69,12 +73,14 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
+    from ett.devices import place
     from ett.evaluate.run import load_for_evaluation
     from ett.experiments.run import resolve_model_folder
     from ett.generate.reconstruct import write_reconstructions
 
     quiet_libraries()
     _, tokenizer, processor = load_for_evaluation(resolve_model_folder(arguments.model))
+    place(tokenizer, arguments.device)
     size = arguments.size if arguments.size is not None else processor.image_processor
     written = write_reconstructions(tokenizer, size, arguments.images, arguments.out, compare=arguments.compare)
     if arguments.json:

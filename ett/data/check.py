@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import numpy as np
 import PIL.Image
-from jinja2 import TemplateError
 
 from ett.data.entries import Entries, Entry, Kind, Refused, Samples, open_entries
 from ett.data.histogram import Lengths, Resolutions
@@ -131,7 +130,7 @@ class _Examiner:
                 finding.answer_tokens = sum(label != IGNORE_INDEX for label in encoded.labels)
             if self.max_length is not None and finding.positions > self.max_length:
                 processor.encode(example, self.max_length)
-        except (DataError, TemplateError) as error:
+        except DataError as error:
             finding.problems.append(("not_encodable", str(error)))
 
 

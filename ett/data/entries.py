@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -15,8 +14,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from ett.data.json_lines import MAX_LINE_BYTES, decoded, is_too_long, next_line
-from ett.data.manifest import Manifest, _LineError, _Record
+from ett.data.json_lines import MAX_LINE_BYTES, KeyTwice, decoded, is_too_long, next_line, parsed
+from ett.data.manifest import Manifest, _LineError, _Record, _shown
 from ett.data.shards import ShardIndex, ShardSample
 from ett.errors import DataError
 from ett.types import Message
@@ -43,6 +42,8 @@ Kind = Literal[
 
 _EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif", "ppm")
 _PICTURE_MEMBER = re.compile(rf"(?:([0-9]{{1,9}})\.)?(?:{'|'.join(_EXTENSIONS)})")
+_PICTURE_LIKE = re.compile(rf"(?:.*\.)?(?:{'|'.join((*_EXTENSIONS, 'heic', 'heif', 'jxl', 'jfif', 'svg'))})", re.DOTALL)
+"""Members that somebody took for a picture of the sample, read or not."""
 
 
 class Refused(DataError):
@@ -163,8 +164,10 @@ class Samples(Entries):
     """The samples of shards: ``{key}.json`` with a manifest line's fields or ``{key}.txt`` with a caption, and pictures
     ``{key}.png`` (.jpg, ...), several as ``{key}.0.png``, ``{key}.1.png`` and so on.
 
-    Without an ``id`` the key is one. Other fields of the JSON become metadata. A shard with an unsafe member or damage is
-    refused as a whole. Of gzipped shards, one at a time is kept in memory.
+    Without an ``id`` the key is one. Other fields of the JSON become metadata. Where its ``image`` names pictures, there must
+    be as many members, whatever they were called before; other members that look like pictures (``{key}.mask.png``) are left
+    out beside the sample's own, and an error alone. A shard with an unsafe member or damage is refused as a whole. Of gzipped
+    shards, one at a time is kept in memory.
 
     Args:
         shards: their paths.
@@ -231,6 +234,7 @@ def _sample_entry(sample: ShardSample, shard: ShardIndex) -> Entry:
     matches = [match for match in map(_PICTURE_MEMBER.fullmatch, sample.members) if match]
     names = [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
     fields = _object(shard.read(sample, "json")) if "json" in sample.members else {}
+    pictures = _listed(fields, names, sample)
     if not {"conversations", "messages"} & fields.keys():
         if "txt" not in sample.members or not names:
             raise Refused(
@@ -239,17 +243,53 @@ def _sample_entry(sample: ShardSample, shard: ShardIndex) -> Entry:
                 "with a caption, or a .json with 'messages' or 'conversations'.",
             )
         caption = [{"type": "text", "text": _utf8(shard.read(sample, "txt"), ".txt")}]
-        pictures = [{"type": "image"} for _ in names]
-        fields["messages"] = [{"role": "user", "content": pictures}, {"role": "assistant", "content": caption}]
+        marks = [{"type": "image"} for _ in pictures]
+        fields["messages"] = [{"role": "user", "content": marks}, {"role": "assistant", "content": caption}]
     if fields.get("id") is None:
         fields["id"] = sample.key
-    # where pictures lay before they were put into the shard says nothing now
     fields.pop("images", None)
-    fields["image"] = names
+    fields["image"] = pictures
     try:
         return _entry(_MemberRules({name: shard.read(sample, name) for name in names})._record(fields, 0))
     except _LineError as error:
         raise Refused(_kind_of_fields(fields), str(error)) from None
+
+
+def _listed(fields: Mapping[str, Any], names: Sequence[str], sample: ShardSample) -> list[str]:
+    """The pictures of a sample in their order: members, and those that its JSON embeds.
+
+    Args:
+        fields: of its JSON. names: its members that are read as pictures.
+
+    Raises:
+        Refused: other pictures are named than are there.
+    """
+    given = fields.get("image", fields.get("images"))
+    listed = [] if given is None else given if isinstance(given, list) else [given]
+    embedded = [each for each in listed if isinstance(each, str) and each.startswith("data:")]
+    unread = [name for name in sample.members if name not in names and _PICTURE_LIKE.fullmatch(name)]
+    allowed = (
+        f"Pictures of a sample are {{key}}.png, or {{key}}.0.png, {{key}}.1.png ... (or .{', .'.join(_EXTENSIONS)})"
+    )
+    if listed and len(listed) - len(embedded) != len(names):
+        there = ", ".join(f".{name}" for name in names) or "none"
+        others = f"; not read: {', '.join(f'.{name}' for name in unread)}" if unread else ""
+        raise Refused(
+            "missing_picture",
+            f"pictures named in its .json: {len(listed) - len(embedded)} ({_shown(given)}); among its members: {len(names)} "
+            f"({there}{others}). {allowed}; add, rename or convert them, or mend 'image'.",
+        )
+    if unread and not names and not embedded:
+        raise Refused(
+            "missing_picture",
+            f"its members that look like pictures ({', '.join(f'.{name}' for name in unread)}) are not read, and it has no "
+            f"others. {allowed}; rename, convert or remove them.",
+        )
+    if not listed:
+        return list(names)
+    # where pictures lay before they were put into the shard says nothing now
+    members = iter(names)
+    return [each if isinstance(each, str) and each.startswith("data:") else next(members) for each in listed]
 
 
 class _MemberRules(Manifest):
@@ -282,7 +322,9 @@ def _utf8(data: bytes, name: str) -> str:
 def _object(data: bytes) -> dict[str, Any]:
     text = _utf8(data, ".json")
     try:
-        fields = json.loads(text)
+        fields = parsed(text)
+    except KeyTwice as error:
+        raise Refused("wrong_field", str(error)) from None
     except (ValueError, RecursionError) as error:
         raise Refused("not_json", f".json is not JSON ({error}). Write it anew.") from None
     if not isinstance(fields, dict):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ett.errors import DataError
 
@@ -21,6 +23,28 @@ def next_line(file: BinaryIO) -> bytes:
 def is_too_long(line: bytes) -> bool:
     """Whether `next_line` found a line longer than `MAX_LINE_BYTES`."""
     return len(line) > MAX_LINE_BYTES
+
+
+class KeyTwice(ValueError):
+    """A key stands twice in one object, and nothing says which of its values is meant."""
+
+
+def parsed(text: str) -> Any:
+    """The JSON value that `text` holds.
+
+    Raises:
+        KeyTwice: a key is there twice in one object, at any depth.
+        ValueError: it is no JSON. RecursionError: it nests too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise KeyTwice(f"the key {json.dumps(twice[:100])} is there twice in one object. Keep one of them.")
+    return fields
 
 
 def lines_of(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, str]]:

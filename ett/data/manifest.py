@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ett.data.json_lines import decoded, lines_of, next_line
+from ett.data.json_lines import KeyTwice, decoded, lines_of, next_line, parsed
 from ett.data.sources import Source
 from ett.errors import DataError, unknown
 from ett.images import load_image
@@ -181,7 +181,9 @@ class Manifest(Source):
     def _parse(self, text: str, line: int) -> _Record:
         """The record that a line holds, everything but the pictures' content checked."""
         try:
-            fields = json.loads(text)
+            fields = parsed(text)
+        except KeyTwice as error:
+            raise self._wrong(line, str(error)) from None
         except (ValueError, RecursionError) as error:
             hint = ""
             if line == 1 and text.lstrip().startswith("["):
@@ -468,7 +470,11 @@ def _kind(value: object) -> str:
 
 def _shown(value: object) -> str:
     """A value in a message: quoted as in JSON, plain ASCII, cut to a readable length."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        # what was just shallow enough to be read
+        return f"a JSON {_kind(value)} that nests without end"
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 

@@ -29,7 +29,10 @@ from ett.model.processing import Encoded, EttProcessor
 from ett.types import Example
 
 BLOCK = 1000
-"""Draws within which every source gets exactly its share."""
+"""Draws within which every source gets its share, to whole draws."""
+
+MAX_BLOCK = 100_000
+"""The block where a source's share of a smaller one is less than a draw."""
 
 GOLDEN_RATIO = 0.6180339887498949
 
@@ -199,11 +202,16 @@ class PartlyAsked(Source):
 class Mixture:
     """Draw number n -> example.
 
-    Each block of `BLOCK` draws holds every source in its exact share, in an order shuffled by the seed; each source is
-    walked epoch by epoch, every epoch a new permutation.
+    Each block of `BLOCK` draws holds every source in its share, to whole draws, in an order shuffled by the seed; each source
+    is walked epoch by epoch, every epoch a new permutation. Where a share is less than a draw, blocks are ten times as long, up
+    to `MAX_BLOCK`.
 
     Args:
         tolerant: an example that cannot be used is skipped, and another of its source stands in.
+
+    Raises:
+        DataError: a source without examples.
+        RecipeError: no source, or weights and sources differ in number, or a share below one draw in `MAX_BLOCK`.
     """
 
     def __init__(
@@ -215,7 +223,8 @@ class Mixture:
             if len(source) == 0:
                 raise DataError(f"The source {source.name!r} holds no examples.")
         self.sources = list(sources)
-        self.counts = _apportion(weights, BLOCK)
+        self.block = _block_length(weights, [source.name for source in sources])
+        self.counts = _apportion(weights, self.block)
         self.seed, self.tolerant = seed, tolerant
         self._block_order = lru_cache(maxsize=4)(self._shuffled_block)
         self._permutation = lru_cache(maxsize=2 * len(self.sources))(self._shuffled_source)
@@ -227,7 +236,7 @@ class Mixture:
 
     def locate(self, draw: int) -> tuple[int, int]:
         """(which source, which of its examples) of draw number `draw`."""
-        block, position = divmod(draw, BLOCK)
+        block, position = divmod(draw, self.block)
         owners, ranks = self._block_order(block)
         source = int(owners[position])
         turn = block * self.counts[source] + int(ranks[position])
@@ -244,7 +253,7 @@ class Mixture:
 
     def drawn(self, stop: int) -> list[np.ndarray]:
         """Which examples of each source the draws [0, `stop`) take: int64, ascending, each once."""
-        blocks, rest = divmod(stop, BLOCK)
+        blocks, rest = divmod(stop, self.block)
         owners = self._block_order(blocks)[0][:rest]
         found = []
         for source, count in enumerate(self.counts):
@@ -254,7 +263,7 @@ class Mixture:
         return found
 
     def _shuffled_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source of each draw, how many draws of that source came before it in the block), int64[BLOCK] each."""
+        """(source of each draw, how many draws of that source came before it in the block), int64[self.block] each."""
         owners = np.repeat(np.arange(len(self.sources)), self.counts)
         np.random.default_rng([self.seed, 0, block]).shuffle(owners)
         ranks = np.zeros_like(owners)
@@ -268,7 +277,8 @@ class Mixture:
 
     def __getstate__(self) -> dict[str, object]:
         # caches hold bound methods; a worker makes its own
-        return {"sources": self.sources, "counts": self.counts, "seed": self.seed, "tolerant": self.tolerant}
+        kept = ("sources", "block", "counts", "seed", "tolerant")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -363,6 +373,21 @@ class DrawSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulation
+
+
+def _block_length(weights: Sequence[float], names: Sequence[str]) -> int:
+    """Draws in a block, so that each source's share of them is at least one."""
+    smallest = min(weights) / sum(weights)
+    block = BLOCK
+    # 0.001 of weights that add up to 1 but for rounding is a draw of 1000
+    while not smallest * block >= 1 - 1e-9:
+        block *= 10
+        if block > MAX_BLOCK:
+            raise RecipeError(
+                f"The source {names[list(weights).index(min(weights))]!r} has a share of {smallest:.2g} of the draws; at least "
+                f"1/{MAX_BLOCK} is possible. Give it more weight, or leave it out."
+            )
+    return block
 
 
 def _apportion(weights: Sequence[float], total: int) -> list[int]:

@@ -25,6 +25,8 @@ MAX_UNPACKED = 2**30
 
 _BLOCK = 512
 _GZIP_MAGIC = b"\x1f\x8b"
+_UNREADABLE = (tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError, OSError)
+"""What `tarfile` raises on damaged headers: numbers that are none, too large or cut off, and headers of headers without end."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class ShardIndex(Sequence[ShardSample]):
         shards: paths of tars, at least one.
 
     Raises:
-        DataError: a shard that is missing, truncated, damaged or empty, a link, device or unsafe name in it, or a
-            member that is there twice. The message names the shard and the member.
+        DataError: a shard that is missing, no regular file, truncated, damaged or empty, a link, device, sparse file or
+            unsafe name in it, or a member that is there twice. The message names the shard and the member.
     """
 
     def __init__(self, shards: Sequence[str | os.PathLike[str]]) -> None:
@@ -113,6 +115,11 @@ class ShardIndex(Sequence[ShardSample]):
         try:
             if shard in self._unpacked:
                 return io.BytesIO(self._unpacked[shard])
+            # opening a named pipe would wait for ever
+            if shard.exists() and not shard.is_file():
+                raise DataError(
+                    f"The shard {shard} is not a file but a folder or device. Give the path of a tar, or remove it."
+                )
             file = shard.open("rb")
             if file.read(2) != _GZIP_MAGIC:
                 file.seek(0)
@@ -179,17 +186,23 @@ def _members(file: BinaryIO, shard: Path) -> Iterator[tarfile.TarInfo]:
                 _refuse_unsafe(member, shard)
                 if member.size < 0 or member.offset_data + member.size > length:
                     raise DataError(_damaged(shard, f"{member.name} runs past the end of the file"))
+                # headers can give one size twice, and tarfile goes on by one and reports the other
+                if member.isfile() and tar.offset != member.offset_data + -(-member.size // _BLOCK) * _BLOCK:
+                    raise DataError(_damaged(shard, f"the headers of {member.name} give it different sizes"))
                 last = member.name
                 if member.isfile():
                     yield member
                 # tarfile keeps every header for getmember(); a scan needs none of them.
                 tar.members = []  # type: ignore[attr-defined]
             end = tar.offset
-    except tarfile.TarError as error:
-        raise DataError(_damaged(shard, f"{error}, after {last}")) from error
-    # tarfile takes a damaged header for the end; a real end is a block of zeros.
-    file.seek(end)
-    if file.read(_BLOCK) != bytes(_BLOCK):
+        # tarfile takes a damaged header for the end; a real end is a block of zeros.
+        file.seek(end)
+        mark = file.read(_BLOCK)
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(_damaged(shard, f"{type(error).__name__}: {error}, after {last}")) from error
+    if mark != bytes(_BLOCK):
         raise DataError(_damaged(shard, f"no header and no end mark after {last}"))
 
 
@@ -199,6 +212,11 @@ def _damaged(shard: Path, what: str) -> str:
 
 def _refuse_unsafe(member: tarfile.TarInfo, shard: Path) -> None:
     path = PurePosixPath(member.name)
+    if member.issparse() or any(name.startswith("GNU.sparse.") for name in member.pax_headers):
+        raise DataError(
+            f"{shard}: {member.name} is stored as a sparse file, whose bytes do not lie in a row. Write the shard without "
+            "tar's option -S (--sparse)."
+        )
     if not (member.isfile() or member.isdir()):
         raise DataError(f"{shard}: {member.name} is a link or device. Shards hold regular files only; write it anew.")
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:

@@ -73,7 +73,7 @@ class TableSource(Source):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        columns, row = self.columns, self._rows[index]
+        columns, row = self.columns, self._row(index)
         try:
             answer = _text(row, columns.answer)
             question = None if columns.question is None else _text(row, columns.question)
@@ -87,6 +87,21 @@ class TableSource(Source):
             )
         name = str(index if columns.id is None else row[columns.id])
         return Example(name, conversation(question, answer, len(images)), images)
+
+    def _row(self, index: int) -> Mapping[str, Any]:
+        try:
+            row: Mapping[str, Any] = self._rows[index]
+        except UnicodeDecodeError as error:
+            start = error.object[error.start : error.start + 1].hex()
+            raise DataError(
+                f"{self.path}, row {index}: one of its texts is not UTF-8 (byte {error.start + 1}, 0x{start}). Write it as "
+                "UTF-8, or remove the row."
+            ) from None
+        except (ValueError, OSError) as error:
+            raise DataError(
+                f"{self.path}, row {index} cannot be read ({_reason(error)}). Mend or remove the row."
+            ) from error
+        return row
 
     def fingerprint(self) -> str:
         # the library's own, over the files' addresses, sizes and times
@@ -109,15 +124,25 @@ def _load(path: str, split: str) -> Any:
             rows = datasets.load_dataset(builder, data_files=path, split="train")
         else:
             rows = datasets.load_dataset(path, split=split)
+    except ImportError as error:
+        raise DataError(
+            f"{path} needs a package that is not installed ({_reason(error)}). Install it with pip: s3fs for s3://, gcsfs for "
+            "gs://, adlfs for az://, or what the message names. Or copy the files to this machine."
+        ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else 'no reason given'}"
-        raise DataError(f"{path} cannot be read ({reason}). Check the name, the split and the format.") from error
+        raise DataError(
+            f"{path} cannot be read ({_reason(error.__cause__ or error)}). Check the name, the split and the format."
+        ) from error
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             rows = rows.cast_column(name, type(feature)(datasets.Image(decode=False)))
     return rows
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error).strip() else 'no reason given'}"
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

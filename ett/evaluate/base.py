@@ -91,6 +91,7 @@ class Subject:
         batch_size: examples, or pictures, at a time; figures do not depend on it but for rounding.
         max_new_tokens: where generation stops at the latest.
         initial_tokenizer: what the vision tokenizer was before it was tuned; None where nobody asks for the drift.
+        divided: whether the processes of the launch share the examples (`ett.evaluate.shares`); each has a copy of the model.
         said: greedy answers by selection and position, so that no task asks again (`ett.evaluate.greedy`).
     """
 
@@ -100,6 +101,7 @@ class Subject:
     batch_size: int = 16
     max_new_tokens: int = 64
     initial_tokenizer: VisionTokenizer | None = None
+    divided: bool = False
     said: dict[tuple[Selection, int], str] = field(default_factory=dict, repr=False, compare=False)
 
     @property

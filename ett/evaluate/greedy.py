@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ett.evaluate.base import Selection, Subject, batches
+from ett.evaluate.base import Selection, Subject
+from ett.evaluate.shares import in_batches
 from ett.generate.chat import answers
 from ett.types import Example
 
@@ -20,26 +21,18 @@ def greedy(
     Raises:
         DataError: an example that cannot be read or prepared; the message names it.
     """
-    found: list[tuple[int, T]] = []
-    waiting: dict[int, Example] = {}
 
-    def ask() -> None:
-        texts = answers(
-            subject.language_model, subject.processor, [*waiting.values()], max_new_tokens=subject.max_new_tokens
-        )
-        subject.said.update({(data, position): text for position, text in zip(waiting, texts, strict=True)})
-        waiting.clear()
+    def look(positions: Sequence[int]) -> list[tuple[int, T]]:
+        values = [(position, wanted(data[position])) for position in positions]
+        return [(position, value) for position, value in values if value is not None]
 
-    for positions in batches(range(len(data)), subject.batch_size, description):
-        for position in positions:
-            example = data[position]
-            value = wanted(example)
-            if value is None:
-                continue
-            found.append((position, value))
-            if (data, position) not in subject.said:
-                waiting[position] = example
-            if len(waiting) == subject.batch_size:
-                ask()
-    ask()
+    def ask(positions: Sequence[int]) -> list[str]:
+        examples = [data[position] for position in positions]
+        limit = subject.max_new_tokens
+        return list(answers(subject.language_model, subject.processor, examples, max_new_tokens=limit))
+
+    found = in_batches(subject, range(len(data)), subject.batch_size, description, look)
+    new = [position for position, _ in found if (data, position) not in subject.said]
+    texts = in_batches(subject, new, subject.batch_size, description, ask)
+    subject.said.update({(data, position): text for position, text in zip(new, texts, strict=True)})
     return [(value, subject.said[data, position]) for position, value in found]

@@ -124,10 +124,8 @@ svg text.name { fill: var(--ink); font-weight: 600; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 2px 0 0; padding: 0;
   list-style: none; font-size: .8rem; }
 .swatch { width: 30px; height: 8px; margin-right: 6px; vertical-align: middle; }
-.pictures { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 260px), 1fr)); }
-.picture > div { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; align-items: start; }
-.picture img { width: 100%; image-rendering: pixelated; border: 1px solid var(--line); background: #fff; }
-.picture figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+.pictures { display: grid; gap: 0 24px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
+.pictures .compared { margin: 8px 0 16px; } .pictures figcaption { font-size: .85rem; }
 pre { overflow-x: auto; background: var(--raised); padding: 12px; font-size: .8rem; line-height: 1.4; }
 code { font-size: .9em; overflow-wrap: anywhere; } .arms code { overflow-wrap: break-word; }
 summary { cursor: pointer; padding: 6px 0; }

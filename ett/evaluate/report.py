@@ -10,7 +10,7 @@ from typing import Any
 from ett.errors import UserError
 from ett.evaluate.charts import Series, line_chart, number
 from ett.evaluate.health_charts import health_charts
-from ett.evaluate.html import duration, embedded, finite, folded, safe, spread, table, titled, words
+from ett.evaluate.html import compared, duration, finite, folded, safe, spread, table, titled, words
 from ett.evaluate.metrics import exact_match
 from ett.evaluate.page import DESCRIPTIONS, page
 from ett.evaluate.run_folder import (
@@ -24,6 +24,11 @@ from ett.evaluate.run_folder import (
 )
 
 REPORT_NAME, SUMMARY_NAME = "report.html", "report.json"
+TRAINING_DATA = "evaluation_of_training_data"
+"""Name of an evaluation (without its suffix) on what the run learned from."""
+_TRAINED_ON = (
+    "The run was trained on these examples: right answers show that it learned them, not that it can do others."
+)
 NUM_SAMPLES = 8
 """Right and wrong answers shown, of each kind, for each evaluation."""
 
@@ -33,8 +38,8 @@ def write_report(run_folder: str | Path, pictures: Pictures | None = None) -> Pa
 
     Args:
         run_folder: written by `ett train` or `ett demo`.
-        pictures: originals with their reconstructions; they are kept in the folder (``samples.json``, ``samples/``), so
-            that a later report shows them again. None shows what is kept there.
+        pictures: originals with their reconstructions, after tuning and before; they are kept in the folder
+            (``samples.json``, ``samples/``), so that a later report shows them again. None shows what is kept there.
 
     Returns:
         The path of ``report.html``.
@@ -225,7 +230,8 @@ def _evaluation_table(name: str, content: Mapping[str, Any]) -> str:
         rows.append([safe(label) + below, *(row.get(source, "–") for source in sizes)])
     heads = [f'{safe(source) or "Value"}<br><span class="unit">n = {size}</span>' for source, size in sizes.items()]
     note = '<p class="unit">n examples; below each value its 95 % interval over examples.</p>'
-    return f"<h3>{safe(name)}</h3>{note}{table(['Measure', *heads], rows, range(1, len(sizes) + 1))}"
+    note += f"<p>{_TRAINED_ON}</p>" if name == TRAINING_DATA else ""
+    return f"<h3>{safe(titled(name))}</h3>{note}{table(['Measure', *heads], rows, range(1, len(sizes) + 1))}"
 
 
 def _samples(name: str, content: Mapping[str, Any]) -> str:
@@ -245,13 +251,14 @@ def _samples(name: str, content: Mapping[str, Any]) -> str:
         ]
         answers = table(["Reference", "Answer"], rows) if rows else "<p>None.</p>"
         blocks.append(f"<div><h4>{title}: {len(chosen)} of {len(pairs)}</h4>{answers}</div>")
-    return f'<h3>{safe(name)}</h3><div class="pair">{"".join(blocks)}</div>'
+    return f'<h3>{safe(titled(name))}</h3><div class="pair">{"".join(blocks)}</div>'
 
 
 def _pictures(pictures: Pictures) -> str:
-    cards = "".join(
-        f'<figure class="picture"><div>{embedded(original, f"{caption}: original")}'
-        f"{embedded(reconstruction, f'{caption}: reconstruction')}</div><figcaption>{safe(caption)}</figcaption></figure>"
-        for caption, original, reconstruction in pictures
-    )
-    return f'<p>Original left, reconstruction right.</p><div class="pictures">{cards}</div>' if cards else ""
+    cards = []
+    for caption, original, reconstruction, before in pictures:
+        cells = [(["original"], original)]
+        cells += [(["before tuning"], before), (["after tuning"], reconstruction)] if before else []
+        cells += [] if before else [(["reconstruction"], reconstruction)]
+        cards.append(compared(caption, cells))
+    return f'<div class="pictures">{"".join(cards)}</div>' if cards else ""

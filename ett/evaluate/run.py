@@ -108,6 +108,7 @@ def evaluate(
     picture_limit: int | None = None,
     max_new_tokens: int = 64,
     initial_tokenizer: VisionTokenizer | None = None,
+    divided: bool = False,
 ) -> Evaluation:
     """Measure a model, or a tokenizer alone, on sources.
 
@@ -121,6 +122,8 @@ def evaluate(
         picture_limit: the same for tasks of the vision tokenizer alone; None takes `limit`.
         max_new_tokens: where answers stop at the latest.
         initial_tokenizer: what the model's vision tokenizer was before it was tuned, for the drift task.
+        divided: share the examples among the processes of torch.distributed's default group, each of which has loaded the same
+            model and calls this; all get the whole.
 
     Returns:
         The same for the same input, whatever the global random state.
@@ -139,7 +142,7 @@ def evaluate(
         raise UserError(
             f"An evaluation needs sources with different names, at least one; got {', '.join(names) or 'none'}."
         )
-    subject = _subject(model, processor, batch_size, max_new_tokens, initial_tokenizer)
+    subject = _subject(model, processor, batch_size, max_new_tokens, initial_tokenizer, divided)
     asked = _tasks(tasks, subject)
     metrics: dict[str, Metric] = {}
     predictions: list[Prediction] = []
@@ -227,6 +230,7 @@ def _subject(
     batch_size: int,
     max_new_tokens: int,
     initial_tokenizer: VisionTokenizer | None,
+    divided: bool,
 ) -> Subject:
     alone = isinstance(model, VisionTokenizer)
     tokenizer = model if isinstance(model, VisionTokenizer) else model.vision_tokenizer
@@ -235,7 +239,7 @@ def _subject(
         initial_tokenizer = initial_tokenizer.to(tokenizer.encoder_output.device).eval()
     whole = None if alone else model
     assert not isinstance(whole, VisionTokenizer)
-    return Subject(tokenizer, processor, whole, batch_size, max_new_tokens, initial_tokenizer)
+    return Subject(tokenizer, processor, whole, batch_size, max_new_tokens, initial_tokenizer, divided)
 
 
 def _tasks(names: Sequence[str] | None, subject: Subject) -> list[Task]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL.Image
 import yaml
@@ -20,8 +20,17 @@ COMPARISON_NAME = "comparison.json"
 """Marks the folder of a comparison, whose arms are runs."""
 PICTURES_NAME, PICTURES_FOLDER = "samples.json", "samples"
 
-Pictures = Sequence[tuple[str, PIL.Image.Image, PIL.Image.Image]]
-"""(caption, original, reconstruction), mode RGB."""
+
+class Shown(NamedTuple):
+    """A picture of a report, mode RGB: original, reconstruction, and where it is known the one from before tuning."""
+
+    caption: str
+    original: PIL.Image.Image
+    reconstruction: PIL.Image.Image
+    before: PIL.Image.Image | None = None
+
+
+Pictures = Sequence[Shown]
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,14 @@ def keep_pictures(folder: Path, pictures: Pictures) -> None:
     """Write pictures as PNG with their captions, for `kept_pictures`."""
     (folder / PICTURES_FOLDER).mkdir(parents=True, exist_ok=True)
     entries = []
-    for i, (caption, original, reconstruction) in enumerate(pictures):
-        names = {"original": f"{i:03d}.png", "reconstruction": f"{i:03d}.reconstruction.png"}
-        original.save(folder / PICTURES_FOLDER / names["original"])
-        reconstruction.save(folder / PICTURES_FOLDER / names["reconstruction"])
-        entries.append({"caption": caption, **names})
+    for i, shown in enumerate(pictures):
+        images = {"original": shown.original, "reconstruction": shown.reconstruction, "before": shown.before}
+        names = {}
+        for kind, image in images.items():
+            if image is not None:
+                names[kind] = f"{i:03d}.png" if kind == "original" else f"{i:03d}.{kind}.png"
+                image.save(folder / PICTURES_FOLDER / names[kind])
+        entries.append({"caption": shown.caption, **names})
     write_whole(folder / PICTURES_NAME, json.dumps(entries, indent=1) + "\n")
 
 
@@ -120,10 +132,11 @@ def kept_pictures(folder: Path) -> Pictures:
     try:
         # only the last part of a name counts: a list from elsewhere must not reach outside the folder
         return [
-            (
+            Shown(
                 str(entry["caption"]),
                 load_image(folder / PICTURES_FOLDER / Path(entry["original"]).name),
                 load_image(folder / PICTURES_FOLDER / Path(entry["reconstruction"]).name),
+                load_image(folder / PICTURES_FOLDER / Path(entry["before"]).name) if "before" in entry else None,
             )
             for entry in entries
         ]

@@ -1,17 +1,19 @@
-"""What is evaluated on: the built-in data by split, or someone's manifest."""
+"""What is evaluated on: the built-in data by split, stored data whole."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from ett.data.artwork import HELD_OUT_SPLITS as ARTWORK_HELD_OUT
 from ett.data.artwork import SPLITS as ARTWORK_SPLITS
 from ett.data.drawn_scenes import SPLITS as SCENE_SPLITS
 from ett.data.drawn_text import SPLITS as TEXT_SPLITS
 from ett.data.manifest import Manifest
-from ett.data.mixture import STORED, SourceConfig
+from ett.data.mixture import STORED, SourceConfig, SourceName
 from ett.data.sources import Source
 from ett.errors import DataError, unknown
 
@@ -60,6 +62,46 @@ def builtin_sources(split: str = "validation", configs: Sequence[SourceConfig] =
     if not found:
         raise DataError(f"None of the sources has a split {split!r}. Take validation or {HELD_OUT}.")
     return found
+
+
+def held_back(given: Sequence[SourceConfig] | None, trained: Sequence[SourceConfig]) -> list[SourceConfig]:
+    """What a recipe is measured on: the sources that its evaluation names, stored ones among them; where it names none, the
+    built-in ones that it trains on, for these have splits. Empty where it names none and trains on stored data alone."""
+    return list(given) if given else [config for config in trained if config.source not in STORED]
+
+
+def configured_sources(configs: Sequence[SourceConfig], split: str) -> NamedSources:
+    """Built-in sources for `split` (`builtin_sources`), and stored ones whole (`stored_sources`).
+
+    Raises:
+        DataError: a split that no built-in source has, or stored data that cannot be used.
+    """
+    builtin = [config for config in configs if config.source not in STORED]
+    stored = [config for config in configs if config.source in STORED]
+    return [*(builtin_sources(split, builtin) if builtin or not stored else ()), *stored_sources(stored)]
+
+
+def stored_sources(configs: Sequence[SourceConfig]) -> NamedSources:
+    """Manifests, shards and tables as they stand, up to their own limit, under the names of their files.
+
+    A dot would group the figures (`ett.evaluate.comparison.pooled`), so names have none; where one comes several times it is
+    numbered, "mine.1", "mine.2", and one that a built-in source has says what it is, "names_manifest". What a model draws is
+    read here.
+
+    Raises:
+        DataError: data that cannot be used.
+    """
+    found = []
+    for config in configs:
+        source = replace(config, draws=False).build()
+        plain = source.name.replace(".", "_")
+        found.append((f"{plain}_{config.source}" if plain in get_args(SourceName) else plain, source))
+    count, numbers = Counter(name for name, _ in found), Counter[str]()
+    named: NamedSources = []
+    for name, source in found:
+        numbers[name] += 1
+        named.append((f"{name}.{numbers[name]}" if count[name] > 1 else name, source))
+    return named
 
 
 def _named(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConfig]]:

@@ -20,7 +20,7 @@ from ett.evaluate.frechet import FEATURES, Moments, frechet_distance, pooled_fea
 from ett.evaluate.metrics import character_errors, codebook_usage, index_perplexity
 from ett.evaluate.reading import Reader, known_text
 from ett.evaluate.run import describe, evaluating
-from ett.evaluate.tasks.reconstruction import Reconstructed, measure, perceptual_distance, reconstructed
+from ett.evaluate.tasks.reconstruction import Reconstructed, measured, perceptual_distance, reconstructed, summary
 from ett.generate.fidelity import inside
 from ett.generate.reconstruct import Reconstruction, reconstruct
 from ett.images import from_array
@@ -104,7 +104,8 @@ def measure_tokenizer(
     with evaluating(tokenizer), torch.inference_mode():
         for data in selections:
             watch = _Watch(subject, reader, stride=math.ceil(len(data) / READ_LIMIT))
-            result = measure(subject, watch.through(reconstructed(subject, data, data.name)))
+            shown = watch.through(reconstructed(subject, data, data.name))
+            result = summary(subject, (measured(subject, part) for part in shown))
             if result.index_counts is None:
                 continue
             counts += result.index_counts

@@ -23,14 +23,16 @@ from typing import Any
 import yaml
 
 from ett import __version__
+from ett.data.mixture import SourceConfig
+from ett.devices import place
 from ett.errors import RecipeError, UserError, unknown
 from ett.evaluate.drawing_report import judge_all
 from ett.evaluate.reading import DISTRIBUTION
 from ett.evaluate.run import evaluate, load_for_evaluation, versions
 from ett.evaluate.run_folder import COMPARISON_NAME
-from ett.evaluate.sources import NamedSources, builtin_sources
+from ett.evaluate.sources import NamedSources, configured_sources
 from ett.experiments.folder import RECIPE_NAME, RunFolder
-from ett.experiments.recipe import Recipe, read_values, recipe_of_arm
+from ett.experiments.recipe import EvaluationConfig, Recipe, read_values, recipe_of_arm
 from ett.experiments.run import Run, evaluation_sources, resolve_model_folder
 from ett.experiments.search import (
     SEARCH_FOLDER,
@@ -247,8 +249,14 @@ class ComparisonFolder:
             )
 
     def open(self) -> None:
-        """Make the folder, or empty it of the comparison that is to be overwritten, and write the recipe."""
+        """Make the folder, or empty it of the comparison that is to be overwritten, and write the recipe.
+
+        Raises:
+            DataError: what the arms are to be measured on is missing or cannot be used.
+            RecipeError: the folder cannot be written.
+        """
         path = self.path
+        _check_measured(self.comparison)
         try:
             if self.overwrite and path.is_dir():
                 self._delete()
@@ -278,6 +286,15 @@ class ComparisonFolder:
             (self.path / name).unlink(missing_ok=True)
         for output in self.path.glob(f"*{OUTPUT_SUFFIX}"):
             output.unlink()
+
+
+def _check_measured(comparison: Comparison) -> None:
+    """Find out now, not after training, that there is nothing to measure the arms on."""
+    checked: list[tuple[EvaluationConfig, tuple[SourceConfig, ...]]] = []
+    for recipe in (arm.recipe for arm in comparison.arms):
+        if (recipe.evaluation, recipe.data) not in checked:
+            report_sources(recipe)
+            checked.append((recipe.evaluation, recipe.data))
 
 
 def is_comparison(path: Path) -> bool:
@@ -321,6 +338,7 @@ def measure_start(comparison: Comparison, out: Path) -> Path | None:
 def _measure(recipe: Recipe, folder: Path, target: Path, *, reads: bool = True) -> None:
     model, tokenizer, processor = load_for_evaluation(folder)
     subject = model if model is not None else tokenizer
+    place(subject)
     config = recipe.evaluation
     limit = config.report_limit or config.limit
     initial = initial_tokenizer(recipe)
@@ -348,10 +366,14 @@ def initial_tokenizer(recipe: Recipe) -> VisionTokenizer | None:
 
 
 def report_sources(recipe: Recipe) -> NamedSources:
-    """The built-in sources that the report's figures come from, drawn as the recipe trains on them."""
+    """The sources that the report's figures come from: built-in ones drawn as the recipe trains on them, stored ones whole.
+
+    Raises:
+        DataError: nothing is held back, or it cannot be used.
+    """
     split = recipe.evaluation.report_split or recipe.evaluation.split
-    if recipe.evaluation.report_data is not None:
-        return builtin_sources(split, recipe.evaluation.report_data)
+    if recipe.evaluation.report_data:
+        return configured_sources(recipe.evaluation.report_data, split)
     return evaluation_sources(recipe, split)
 
 

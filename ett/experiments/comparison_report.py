@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from ett.data.manifest import question_and_reference
 from ett.errors import UserError
 from ett.evaluate.base import Metric
 from ett.evaluate.comparison import compare, pooled
@@ -171,12 +172,16 @@ def _pictures(firsts: Mapping[str, Arm], folder: Path) -> list[ComparedPicture]:
     if not sources:
         return []
     captions, originals = list[str](), list[PIL.Image.Image]()
-    for i in range(SHOWN_PICTURES):
-        name, source = sources[i % len(sources)]
-        # spread over the source, never the same place twice
-        example = source[(2 * i + 1) * len(source) // (2 * SHOWN_PICTURES)]
-        captions.append(f"{name}: {example.messages[-1]['content'][0]['text']}")
-        originals.append(example.images[0])
+    places = dict.fromkeys(
+        # spread over the source; a short one has the same place twice
+        (i % len(sources), (2 * i + 1) * len(sources[i % len(sources)][1]) // (2 * SHOWN_PICTURES))
+        for i in range(SHOWN_PICTURES)
+    )
+    for number, position in places:
+        name, source = sources[number]
+        if (example := source[position]).images:
+            captions.append(f"{name}: {question_and_reference(example)[1] or example.id}")
+            originals.append(example.images[0])
     tokenizers: dict[str, VisionTokenizer] = {}
     if (start := initial_tokenizer(recipe)) is not None:
         tokenizers[START] = start

@@ -154,7 +154,8 @@ def _comparable(recipe: Recipe) -> str:
 
 def _manifest_hashes(recipe: Recipe) -> dict[str, str]:
     """Of every manifest a hash of its content, of other files one of their names, sizes and times of change."""
-    sources = [*recipe.data, *(source for stage in recipe.stages for source in stage.data or ())]
+    stages = (source for stage in recipe.stages for source in stage.data or ())
+    sources = [*recipe.data, *stages, *(recipe.evaluation.data or ())]
     stored = {(source.path, source.source) for source in sources if source.path is not None}
     found = {}
     for path, kind in sorted(stored):

@@ -33,10 +33,12 @@ class EvaluationConfig:
     """What a run measures.
 
     Attributes:
-        data: sources; null takes the recipe's.
+        data: sources. Built-in ones are read of `split`; stored ones (manifests, shards, tables) whole, so name such as nothing
+            is trained on. null takes the built-in ones among the recipe's data; where there are none, nothing is measured.
         split: of built-in sources, during training.
-        report_data: sources of the report's figures; null takes `data`. "facts" measures the language model without pictures.
-        limit: examples of each source, >= 1; validation during training draws this many in all.
+        report_data: sources of the report's figures, read as `data` are; null takes `data`. "facts" measures the language model
+            without pictures.
+        limit: examples of each source, >= 1; validation during training draws this many in all, or as many as there are.
         report_split: of built-in sources, for the figures of the report ("heldout": all that nothing is tuned on); null takes
             `split`.
         report_limit: examples of each source in the report, >= 1; null takes `limit`.

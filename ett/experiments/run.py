@@ -28,9 +28,9 @@ from ett.config import to_mapping
 from ett.data.mixture import STORED, Mixture, SourceConfig, build_mixture
 from ett.errors import DataError, RecipeError
 from ett.evaluate.run_folder import resolve_model_folder
-from ett.evaluate.sources import NamedSources, builtin_sources
+from ett.evaluate.sources import NamedSources, configured_sources, held_back
 from ett.experiments.folder import RECIPE_NAME, RunFolder
-from ett.experiments.recipe import Recipe, load_recipe
+from ett.experiments.recipe import EvaluationConfig, Recipe, load_recipe
 from ett.model.build import (
     build_model,
     build_processor,
@@ -181,10 +181,11 @@ class Run:
             max_length = getattr(model.config.text_config, "max_position_embeddings", None)
         _check_examples(mixture, config, processor, max_length)
         evaluation = self.recipe.evaluation
-        held = validation_mixture(
-            evaluation.data or config.data or self.recipe.data, evaluation.split, self.recipe.seed
-        )
-        validation = encode_all(held, evaluation.limit, processor, max_length) if held is not None else []
+        held = validation_mixture(evaluation, config.data or self.recipe.data, self.recipe.seed)
+        validation = []
+        if held is not None:
+            count = min(evaluation.limit, sum(map(len, held.sources)))
+            validation = encode_all(held, count, processor, max_length)
         return StageData(mixture, validation, processor, self.recipe.num_workers, max_length, bad)
 
     def _save_stage(
@@ -243,22 +244,24 @@ class Run:
         for stage in self.recipe.stages:
             build_mixture(stage.data or self.recipe.data, self.recipe.seed, tolerant=self.recipe.max_bad_samples > 0)
             split_batch(stage, int(os.environ.get("WORLD_SIZE", "1")))
-            measured = self.recipe.evaluation.data or stage.data or self.recipe.data
-            if stage.ends_with == "best" and all(config.source in STORED for config in measured):
+            measured = held_back(self.recipe.evaluation.data, stage.data or self.recipe.data)
+            if stage.ends_with == "best" and not measured:
                 raise RecipeError(
-                    'ends_with "best" needs validation examples; name a built-in source in evaluation.data.'
+                    'ends_with "best" needs validation examples; name some that are held back in evaluation.data: a manifest, '
+                    "or a built-in source."
                 )
-        evaluated = self.recipe.evaluation.data or self.recipe.data
-        validation_mixture(evaluated, self.recipe.evaluation.split, self.recipe.seed)
+        validation_mixture(self.recipe.evaluation, self.recipe.data, self.recipe.seed)
         check_model(self.recipe.model)
 
 
-def validation_mixture(configs: Sequence[SourceConfig], split: str, seed: int) -> Mixture | None:
-    """The same sources for `split`; None where none of them has such a split (stored ones have no splits of their own)."""
-    built_in = [config for config in configs if config.source not in STORED]
-    if not built_in:
+def validation_mixture(evaluation: EvaluationConfig, trained: Sequence[SourceConfig], seed: int) -> Mixture | None:
+    """What is measured during training on `trained` (`ett.evaluate.sources.held_back`), stored sources whole; None where there
+    is nothing."""
+    configs = held_back(evaluation.data, trained)
+    if not configs:
         return None
-    return Mixture([config.with_split(split) for config in built_in], [config.weight for config in built_in], seed)
+    sources = [config.build() if config.source in STORED else config.with_split(evaluation.split) for config in configs]
+    return Mixture(sources, [config.weight for config in configs], seed)
 
 
 def recipe_of(path: Path) -> Recipe | None:
@@ -267,8 +270,19 @@ def recipe_of(path: Path) -> Recipe | None:
 
 
 def evaluation_sources(recipe: Recipe, split: str) -> NamedSources:
-    """The built-in sources of `split` that `recipe` is measured on, drawn as it trains on them."""
-    return builtin_sources(split, recipe.evaluation.data or recipe.data)
+    """What `recipe` is measured on (`ett.evaluate.sources.held_back`): built-in sources of `split`, stored ones whole.
+
+    Raises:
+        DataError: nothing is held back, a split that no built-in source has, or data that cannot be used.
+    """
+    configs = held_back(recipe.evaluation.data, recipe.data)
+    if not configs:
+        raise DataError(
+            "The recipe trains on stored data alone, which have no held-out split, so there is nothing to measure on. Name "
+            "what is held back: evaluation.data=[{source: manifest, path: held.jsonl}] in the recipe, or of `ett evaluate` "
+            "--data held.jsonl (or --split validation, for the package's own data)."
+        )
+    return configured_sources(configs, split)
 
 
 def report_interruption(error: Interrupted, words: Sequence[str], out: Path, command: str = "train") -> None:

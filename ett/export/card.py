@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from ett.config import to_mapping
 from ett.data.mixture import SourceConfig
 from ett.errors import DataError
 from ett.experiments.folder import RECIPE_NAME
-from ett.experiments.recipe import Recipe, load_recipe
+from ett.experiments.recipe import SHIPPED, Recipe, load_recipe
 from ett.model.ett import EttForConditionalGeneration
+from ett.model.loading import SHIPPED_WEIGHTS
 from ett.model.processing import EttProcessor
 from ett.train.log import LOG_NAME, read_log
 
 SOURCES = {
     "names": "names of pictures from six open emoji sets, built in (licences: `ett/data/builtin/NOTICE` of the package)",
     "questions": "questions on the metadata of six open emoji sets, built in (licences: as for names)",
+    "facts": "questions on the names of these pictures, in words alone, built in (licences: as for names)",
     "drawn_text": "text drawn in open fonts, built in (licences: as for names)",
     "drawn_scenes": "coloured shapes drawn from a seed, built in",
 }
@@ -47,7 +50,7 @@ def model_card(
     """
     recipe, log, stages = _run_of(source)
     # an arm's recipe is named after the arm, the run's folder after what it is for
-    name = source.name if recipe is None else source.resolve().parent.parent.name
+    name = source.name if recipe is None or _is_shipped(source) else source.resolve().parent.parent.name
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": TAGS}
     if license_name is not None:
         header["license"] = license_name
@@ -60,11 +63,14 @@ def model_card(
         "## Architecture\n\n" + _table(("part", "what"), _architecture(model, processor)),
     ]
     if recipe is not None:
-        parts += ["## Training", _table(_STAGE_COLUMNS, _stage_rows(recipe, stages)), *_starts(recipe)]
+        starts = [_SHIPPED] if _is_shipped(source) else _starts(recipe)
+        parts += ["## Training", _table(_STAGE_COLUMNS, _stage_rows(recipe, stages)), *starts]
         used = [each for stage in recipe.stages[:stages] for each in (stage.data or recipe.data)]
         parts += ["### Data", _list(_described(used))]
         plain = yaml.safe_dump(_without_folders(to_mapping(recipe)), sort_keys=False, allow_unicode=True)
         parts.append(f"<details><summary>The whole recipe</summary>\n\n```yaml\n{plain}```\n\n</details>")
+    else:
+        parts += ["## Training", _UNKNOWN]
     parts.append("## Metrics")
     parts += _metrics(log, metrics) or ["None were kept with this model."]
     parts += ["## Limits", _list(_LIMITS)]
@@ -95,6 +101,19 @@ _LIMITS = (
     "Indices are computed in float32. Another precision of encoder or quantizer changes some of them.",
     "Answers are a language model's: fluent, and wrong where the pictures are unlike the training data.",
 )
+_UNKNOWN = (
+    "Not known: the model did not lie in the folder of the run that made it, so recipe and data are not told here. Who shares "
+    "it should say what it learned from."
+)
+_SHIPPED = (
+    "It is shipped with ett-tuning, as is this recipe. The weights that the recipe starts from are the result of another "
+    "one of the package, on built-in data too."
+)
+_PROSE = ("chat_template", "prompt")
+"""Keys of a recipe whose text is no path, whatever is in it."""
+_FROM_A_HUB = ("language_model", "text_tokenizer")
+"""Keys under which "owner/name" may be a hub's, which says whose licence counts."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _STAGE_COLUMNS = ("stage", "trained", "steps", "batch", "learning rate")
 
 
@@ -134,10 +153,11 @@ def _starts(recipe: Recipe) -> list[str]:
     language_model = spec.language_model.path if spec.language_model is not None else None
     given = {
         "model": spec.init,
-        "vision tokenizer": spec.vision_tokenizer.get("path"),
-        "language model": language_model,
+        "vision_tokenizer": spec.vision_tokenizer.get("path"),
+        "language_model": language_model,
     }
-    lines = [f"{part}: `{_without_folders(path)}`" for part, path in given.items() if path is not None]
+    named = _without_folders({part: path for part, path in given.items() if path is not None})
+    lines = [f"{part.replace('_', ' ')}: `{path}`" for part, path in named.items()]
     return ["It started from trained weights, which had data and licences of their own:", _list(lines)] if lines else []
 
 
@@ -147,13 +167,23 @@ def _described(sources: Sequence[SourceConfig]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _without_folders(value: Any) -> Any:
-    """Of absolute paths the last part: what a machine's folders are called is nobody's business."""
+def _without_folders(value: Any, *, hub: bool = False) -> Any:
+    """Of paths the last part: what someone's folders are called is nobody's business. Where a `hub`'s id may stand, one stays
+    unless there is a folder of that name."""
     if isinstance(value, Mapping):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        return {
+            key: item if key in _PROSE else _without_folders(item, hub=hub or key in _FROM_A_HUB)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_without_folders(item, hub=hub) for item in value]
+    if not isinstance(value, str) or (hub and _HUB_ID.fullmatch(value) and not Path(value).exists()):
+        return value
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+
+
+def _is_shipped(source: Path) -> bool:
+    return source.resolve().parent == SHIPPED_WEIGHTS and (SHIPPED / f"{source.name}.yaml").is_file()
 
 
 def _metrics(log: Sequence[Mapping[str, Any]], metrics: Path | None) -> list[str]:
@@ -184,7 +214,11 @@ def _measured(path: Path) -> str:
 
 
 def _run_of(source: Path) -> tuple[Recipe | None, list[dict[str, Any]], int]:
-    """(recipe, log, stages that the model went through) of the run that a folder belongs to; (None, [], 0) without one."""
+    """(recipe, log, stages that the model went through) of the run that a folder belongs to, or of the recipe that
+    made a shipped model; (None, [], 0) without one."""
+    if _is_shipped(source):
+        made = load_recipe(source.name)
+        return made, [], len(made.stages)
     run = source.resolve().parent.parent
     number = source.name.split("-")[0]
     if source.resolve().parent.name != "stages" or not (run / RECIPE_NAME).is_file() or not number.isdecimal():

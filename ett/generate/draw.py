@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import PIL.Image
-import torch
 
 from ett.errors import DataError, ModelError
 from ett.images import WHITE, from_array
@@ -177,14 +175,6 @@ def checkpoint_hash(folder: Path) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def best_device() -> torch.device:
-    """The accelerator of this process (of several, the one of its local rank), if there is one, else the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
-        return torch.device("cpu")
-    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
 
 
 def _counting(on_token: Callable[[int], object], count: int) -> Callable[[int], object]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
@@ -107,10 +108,10 @@ class EttProcessor(ProcessorMixin):
         `max_length` cuts text at the end of the conversation.
 
         Raises:
-            DataError: pictures and image parts do not match, a text contains the placeholder, or the cut would lose a
-                picture or every supervised token.
+            DataError: pictures and image parts do not match, a text contains the placeholder, the chat template refuses the
+                turns, or the cut would lose a picture or every supervised token.
         """
-        input_ids, labels = self.tokenize_conversation(example.messages, example.id)
+        input_ids, labels = self._tokenize_turns(example.messages, example.id)
         num_pictures = sum(part["type"] == "image" for message in example.messages for part in _parts(message))
         if num_pictures != example.num_images:
             raise DataError(f"Example {example.id!r} mentions {num_pictures} pictures and brings {example.num_images}.")
@@ -169,7 +170,11 @@ class EttProcessor(ProcessorMixin):
         )
 
     def prompt(self, examples: Sequence[Example]) -> Batch:
-        """The examples up to the first assistant turn, left-padded, ready for `generate`."""
+        """The examples up to the first assistant turn, left-padded, ready for `generate`.
+
+        Raises:
+            DataError: a text contains the placeholder, or the chat template refuses the turns.
+        """
         items = []
         for example in examples:
             turns = []
@@ -177,7 +182,7 @@ class EttProcessor(ProcessorMixin):
                 if message["role"] == "assistant":
                     break
                 turns.append(message)
-            ids, _ = self.tokenize_conversation(turns, example.id, add_generation_prompt=True)
+            ids, _ = self._tokenize_turns(turns, example.id, add_generation_prompt=True)
             asked = sum(part["type"] == "image" for message in turns for part in _parts(message))
             pixels = [self.image_processor.fit(image)[0] for image in example.images[:asked]]
             items.append(Encoded(ids, [IGNORE_INDEX] * len(ids), pixels, example.id))
@@ -251,6 +256,19 @@ class EttProcessor(ProcessorMixin):
         append(self._render(flat, add_generation_prompt)[len(done) :], False)
         start = self._leading_ids(input_ids)
         return start + input_ids, [IGNORE_INDEX] * len(start) + labels
+
+    def _tokenize_turns(
+        self, turns: Sequence[Message], example_id: str, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """`tokenize_conversation`; a template that raises (roles must alternate, no system turn) is the example's fault."""
+        try:
+            return self.tokenize_conversation(turns, example_id, add_generation_prompt)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in turns[:8])
+            raise DataError(
+                f"Example {example_id!r}: the chat template refuses its turns ({roles}): {error}. Mend or remove it, or choose "
+                'another template with model.chat_template (for example "plain").'
+            ) from error
 
     def _picture_labels(self, drawn: bool) -> list[int]:
         """Of a picture's positions: the tokens of one that is drawn are predicted, the ends of its rows are not."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from ett.devices import device_of
 from ett.errors import ModelError
 from ett.evaluate.run import load_for_evaluation
 from ett.experiments.run import resolve_model_folder
-from ett.generate.draw import best_device
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.processing import EttProcessor
 from ett.serve.errors import ApiError
@@ -85,7 +84,7 @@ def load_served(
     Raises:
         ModelError: no model there, a damaged file, an initial tokenizer of another grid, or no such device.
     """
-    place = _device(device)
+    place = device_of(device)
     whole, tokenizer, processor = load_for_evaluation(resolve_model_folder(model))
     before = None
     if initial is not None:
@@ -101,14 +100,3 @@ def load_served(
         if part is not None:
             part.to(place)
     return Served(name or Path(model).resolve().name, whole, tokenizer, processor, before)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return best_device()
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"There is no device {name!r} here: {str(error).splitlines()[0]}. Try cpu.") from error
-    return device

@@ -22,6 +22,7 @@ from ett.data.check import NAMED, _twins, check
 from ett.data.check_text import PROBLEMS, as_text
 from ett.data.entries import Kind, open_entries
 from ett.data.histogram import ASPECT_NAMES, Lengths, Resolutions
+from ett.data.mixture import SourceConfig
 from ett.errors import DataError
 from ett.evaluate.data_page import render_data, write_data_page
 from ett.model import EttImageProcessor, EttProcessor
@@ -288,6 +289,67 @@ def test_shards_and_what_is_wrong_in_them(tmp_path: Path) -> None:
     # the ids are "7" and the key, which comes again in another shard without being the same
     assert summary["pictures"] == 6
     assert "\x1b" not in as_text(summary)
+
+
+TURNS = {"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "a cat"}]}
+
+
+@pytest.mark.parametrize(
+    ("image", "members", "said"),
+    [
+        ("a.png", (), 'named in its .json: 1 ("a.png"); among its members: 0 (none)'),
+        ("a.heic", ("heic",), "members: 0 (none; not read: .heic)"),
+        ("a.png", ("image.png",), "members: 0 (none; not read: .image.png)"),
+        (["a.png", "b.png"], ("png",), "named in its .json: 2 "),
+        (["a.png", "b.png"], ("0.png", "1.heic"), "members: 1 (.0.png; not read: .1.heic)"),
+        ("a.png", ("0.png", "1.png"), "named in its .json: 1 "),
+        (None, ("image.png",), "look like pictures (.image.png) are not read"),
+        (None, ("heic",), "look like pictures (.heic) are not read"),
+    ],
+)
+def test_a_sample_whose_picture_is_not_found_is_no_text(tmp_path: Path, image: Any, members: Any, said: str) -> None:
+    fields = TURNS if image is None else {**TURNS, "image": image}
+    pictures = {f"a.{name}": png() for name in members}
+    path = tar(
+        tmp_path / "miss.tar", {"a.json": json.dumps(fields).encode(), **pictures, "b.png": png(), "b.txt": b"x"}
+    )
+    summary = check(path)
+    assert (summary["examples"], summary["usable"]) == (2, 1)
+    (message,) = summary["problems"]["missing_picture"]["first"]
+    assert message.startswith(f"{path}: a: ")
+    assert said in message
+    assert "Pictures of a sample are {key}.png" in message
+    source = SourceConfig(source="shards", path=str(path)).build()
+    with pytest.raises(DataError, match="Pictures of a sample are"):
+        source[0]
+
+
+def test_members_that_are_no_pictures_of_the_sample_are_left_out(tmp_path: Path) -> None:
+    embedded = "data:image/png;base64," + base64.b64encode(png(8, 8)).decode()
+    fields = {"a": {"image": "cats/1.jpg"}, "b": {}, "c": {"images": ["x.png", embedded]}, "d": {}}
+    members = {f"{key}.json": json.dumps({**TURNS, **more}).encode() for key, more in fields.items()}
+    pictures = {name: png() for name in ("a.png", "a.mask.png", "b.png", "b.depth.tiff", "c.png")}
+    entries = open_entries(tar(tmp_path / "a.tar", members | pictures))
+    assert [len(entries.read(index).pictures) for index in range(4)] == [1, 1, 2, 0]
+    assert entries.read(2).pictures == [png(), png(8, 8)]
+
+
+def test_keys_that_are_there_twice_make_no_example(tmp_path: Path) -> None:
+    twice = b'{"id": "a", "conversations": [], ' + json.dumps(line()).encode()[1:]
+    path = write(tmp_path, line(), twice)
+    (message,) = check(path)["problems"]["wrong_field"]["first"]
+    assert message == f'{path}:2: the key "conversations" is there twice in one object. Keep one of them.'
+    shard = tar(tmp_path / "a.tar", {"a.png": png(), "a.json": twice})
+    (message,) = check(shard)["problems"]["wrong_field"]["first"]
+    assert message.startswith(f'{shard}: a: the key "conversations" is there twice')
+
+
+def test_a_shard_with_headers_that_lie_is_a_finding(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("b.txt")
+    info.pax_headers = {"GNU.sparse.map": "x"}
+    tar(tmp_path / "good.tar", {"a.png": png(), "a.txt": b"x"})
+    summary = check(tar(tmp_path / "pax.tar", {"a.png": png(), "a.txt": b"x"}, info).parent)
+    assert (summary["usable"], summary["problems"]["refused_shard"]["count"]) == (1, 1)
 
 
 def test_equal_keys_in_two_shards_are_twins(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch.utils.data
 
 from ett.data import manifest as module
-from ett.data.entries import Lines, Refused
+from ett.data.entries import Lines, Refused, open_entries
 from ett.data.manifest import Manifest, question_and_reference
 from ett.errors import DataError
 from ett.types import Example
@@ -287,6 +288,9 @@ def test_index_errors(folder: Folder) -> None:
         ('{"image": "\\ud800.png", "conversations": [{"from": "human", "value": "x"}]}', "half a character"),
         ('{"id": "\\udfff", "conversations": [{"from": "human", "value": "x"}]}', "half a character"),
         ({"conversations": [{"from": "\ud800", "value": "x"}]}, "Unknown 'from'"),
+        ('{"id": "a", "id": "b"}', 'the key "id" is there twice'),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', 'the key "content" is there twice'),
+        ('{"\\ud800": 1, "\\ud800": 2}', 'the key "\\ud800" is there twice'),
         ({**GOOD, "id": ""}, "'id' is \"\""),
         ({**GOOD, "id": True}, "'id' is true"),
         ({**GOOD, "id": 1.5}, "'id' is 1.5"),
@@ -298,6 +302,11 @@ def test_bad_lines(folder: Folder, line: Any, reason: str) -> None:
     assert message.startswith(":3: ")
     assert reason in message
     assert len(message) < 400
+
+
+def test_values_that_are_barely_shallow_enough_to_be_read_are_shown(folder: Folder) -> None:
+    for depth in range(700, 1000):
+        assert folder.refusal(f'{{"image": {"[" * depth}{"]" * depth}, "messages": []}}').startswith(":1: ")
 
 
 def test_a_json_array_is_told_apart(folder: Folder) -> None:
@@ -324,6 +333,14 @@ def test_equal_digests_are_not_twins(folder: Folder, monkeypatch: pytest.MonkeyP
     lines = [{"id": name, **GOOD} for name in "abcd"]
     assert len(Manifest(folder.write(*lines))) == 4
     assert folder.refusal(*lines, {"id": "b", **GOOD}).startswith(":5: the id 'b' is that of line 2 too")
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for opened in (Manifest, Lines, open_entries):
+        with pytest.raises(DataError, match=r"pipe\.jsonl is not a file"):
+            opened(tmp_path / "pipe.jsonl")
 
 
 def test_files_that_are_no_manifest(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import pickle
 import tarfile
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from ett.data import shards
+from ett.data.entries import Samples, open_entries
+from ett.data.entry_source import shard_paths
 from ett.data.shards import ShardIndex
 from ett.errors import DataError
 
@@ -92,6 +95,72 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     path = write(tmp_path / "linked.tar", {"a.jpg": b"x"}, info)
     with pytest.raises(DataError, match=r"linked\.tar: x\.jpg is a link or device"):
         ShardIndex([path])
+
+
+PAX = [
+    {"GNU.sparse.map": "x"},
+    {"GNU.sparse.size": "x"},
+    {"GNU.sparse.realsize": "x"},
+    {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+    {"GNU.sparse.major": "1"},
+    {"GNU.sparse.name": "b.txt"},
+    {"GNU.sparse.map": "0,1", "GNU.sparse.size": "1"},
+    {"size": "-5"},
+    {"size": "9" * 400},
+]
+
+
+@pytest.mark.parametrize("headers", PAX)
+def test_pax_headers_that_lie_are_refused(tmp_path: Path, headers: dict[str, str]) -> None:
+    info = tarfile.TarInfo("x.txt")
+    info.pax_headers = dict(headers)
+    path = write(tmp_path / "pax.tar", {"a.jpg": b"x"}, info)
+    with pytest.raises(DataError, match=r"pax\.tar.*(sparse|after a\.jpg|runs past)"):
+        ShardIndex([path])
+
+
+def test_sparse_members_are_refused(tmp_path: Path) -> None:
+    """Their bytes lie in pieces, so that reading them in a row gives others."""
+    info = tarfile.TarInfo("x.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    path = write(tmp_path / "sparse.tar", {"a.jpg": b"x"}, info)
+    with pytest.raises(DataError, match=r"sparse\.tar: x\.jpg is stored as a sparse file.*without tar's option -S"):
+        ShardIndex([path])
+
+
+def test_a_size_for_every_member_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sizes.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"size": "3"}) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size = 2000
+        tar.addfile(info, io.BytesIO(bytes(2000)))
+    with pytest.raises(DataError, match=r"the headers of a\.jpg give it different sizes"):
+        ShardIndex([path])
+
+
+def test_headers_of_headers_without_end_are_refused(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("x")
+    info.type = tarfile.XHDTYPE
+    header = info.tobuf(tarfile.USTAR_FORMAT)
+    (tmp_path / "deep.tar").write_bytes(header * 3000 + bytes(1024))
+    with pytest.raises(DataError, match=r"deep\.tar is truncated or damaged"):
+        ShardIndex([tmp_path / "deep.tar"])
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_refused_and_not_waited_for(shard: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(folder / "b.tar")
+    (folder / "c.tar").mkdir()
+    shard.rename(folder / "a.tar")
+    for name in ("b.tar", "c.tar"):
+        with pytest.raises(DataError, match=rf"{name} is not a file but a folder or device"):
+            ShardIndex([folder / name])
+    samples = Samples(shard_paths(str(folder))[0])
+    assert len(samples) == 2
+    assert [Path(where).name for where, _ in samples.refused] == ["b.tar", "c.tar"]
+    assert len(open_entries(folder).refused) == 2
 
 
 def test_a_member_written_twice_is_refused(tmp_path: Path) -> None:

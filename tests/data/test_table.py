@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,19 @@ import PIL.Image
 import pytest
 
 from ett.config import from_mapping
-from ett.data.mixture import SourceConfig
+from ett.data.mixture import Mixture, SourceConfig, encode_draw
 from ett.data.table import ColumnsConfig, TableSource
 from ett.errors import DataError, RecipeError
 from ett.experiments.recipe import Recipe
 from ett.experiments.run import Run
+from ett.model import EttImageProcessor, EttProcessor
+from ett.model.text import CHAT_TEMPLATES, byte_tokenizer
 from tests.conftest import killed_at
 
 pytest.importorskip("datasets")
 parquet = pytest.importorskip("pyarrow.parquet")
 arrow = pytest.importorskip("pyarrow")
+fsspec = pytest.importorskip("fsspec")
 
 
 def picture(shade: int) -> bytes:
@@ -99,6 +104,50 @@ def test_what_cannot_be_used_is_named(table: Path) -> None:
         TableSource(str(table / "d.parquet"))
     with pytest.raises(RecipeError, match="A table source needs a path"):
         SourceConfig(source="table")
+
+
+def test_a_text_that_is_not_utf8_is_a_bad_row_and_no_end(tmp_path: Path) -> None:
+    rows = [b'{"q": "a", "a": "b"}'] * 3
+    (tmp_path / "t.jsonl").write_bytes(b"\n".join([rows[0], b'{"q": "a", "a": "\xff\xfe"}', *rows]))
+    source = TableSource(str(tmp_path / "t.jsonl"), columns=ColumnsConfig(image=None, question="q", answer="a"))
+    with pytest.raises(DataError, match=r"t\.jsonl, row 1: one of its texts is not UTF-8 \(byte 1, 0xff\)"):
+        source[1]
+    processor = EttProcessor(EttImageProcessor(8, 8), byte_tokenizer(), 4, CHAT_TEMPLATES["plain"])
+    mixture = Mixture([source], [1.0], 0, tolerant=True)
+    skipped = [encode_draw(mixture, draw, processor, None).skipped for draw in range(5)]
+    assert [each.position for drawn in skipped for each in drawn].count(1) >= 1
+    assert {each.position for drawn in skipped for each in drawn} == {1}
+
+
+def test_an_address_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {"class": "package_that_is_absent.FileSystem", "err": "Please install package_that_is_absent"}
+    monkeypatch.setitem(import_module("fsspec.registry").known_implementations, "absent", absent)
+    with pytest.raises(DataError, match=r"absent://b/t\.jsonl needs a package .*install package_that_is_absent.*s3fs"):
+        TableSource("absent://b/t.jsonl")
+    with pytest.raises(DataError, match=r"foo://b/t\.jsonl cannot be read .*Protocol not known"):
+        TableSource("foo://b/t.jsonl")
+
+
+def test_an_address_of_any_kind_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    columns = ColumnsConfig(image=None, question="q", answer="a")
+    content = b'{"q": "a", "a": "b"}\n' * 3
+    fsspec.filesystem("memory").pipe("/tables/t.jsonl", content)
+    (tmp_path / "t.jsonl").write_bytes(content)
+    try:
+        assert len(TableSource("memory://tables/t.jsonl", columns=columns)) == 3
+    finally:
+        fsspec.filesystem("memory").rm("/tables/t.jsonl")
+    assert len(TableSource((tmp_path / "t.jsonl").as_uri(), columns=columns)) == 3
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_no_table(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.jsonl")
+    with pytest.raises(DataError, match=r"t\.jsonl cannot be read"):
+        TableSource(str(tmp_path / "t.jsonl"))
 
 
 def test_a_run_on_a_table_skips_resumes_and_notices_changes(

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import pytest
 import yaml
 
 from ett.cli import build_parser, main
-from ett.config import from_mapping
 from ett.errors import UserError
-from ett.experiments.recipe import Recipe, load_recipe
+from ett.evaluate.run_folder import kept_pictures
+from ett.experiments.recipe import Recipe, load_recipe, recipe_of_arm
+from ett.images import load_image
+from ett.train.log import read_log
+from tests.conftest import LANGUAGE_MODELS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -99,16 +103,18 @@ def make_pictures(folder: Path) -> None:
     """Ten pictures as a newcomer has them: named after what they show, of any size and kind."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    colours = ("red", "green", "blue", "grey", "brown")
+    colours, suffixes = ("red", "green", "blue", "grey", "brown"), ("jpg", "PNG", "JPG", "webp", "jpeg")
     for i, name in enumerate(f"{colour}-{thing}" for thing in ("bicycle", "cat") for colour in colours):
         pixels = rng.integers(0, 255, (5 + i, 8, 3), dtype=np.uint8)
         picture = PIL.Image.fromarray(pixels).resize((90 + 7 * i, 60 + 11 * i))
-        picture.save(folder / f"{name}.{'jpg' if i % 2 else 'png'}")
+        picture.save(folder / f"{name}.{suffixes[i % 5]}")
+    (folder / "notes.txt").write_text("no picture", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which steps 1 to 4 of docs/own_data.md were taken, with two training steps of two pictures."""
+    """A folder in which docs/own_data.md was followed, with two training steps of two pictures; the mixture and the comparison,
+    which take the same way, were left out."""
     folder = tmp_path_factory.mktemp("newcomer")
     make_pictures(folder / "mine")
     with pytest.MonkeyPatch.context() as patch:
@@ -116,32 +122,75 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         page = DOCS / "own_data.md"
         (code,) = blocks(page, "python")
         exec(compile(code, page.name, "exec"), {})
-        toy = [
-            "stages.semantic.batch_size=2",
-            "stages.semantic.health.pictures=2",
-            "stages.semantic.checkpoint_every=null",
-        ]
         done = []
         for words in commands(page):
-            if "ablate" in words or "mixed" in words[-1] or "mine/held.jsonl" in words:
+            if any(part in word for word in words for part in ("runs/compared", "runs/mixed")):
                 continue
-            words = [re.sub(r"steps=\d+", "steps=2", word) for word in words]
-            assert main([*words, *(toy if words[0] == "train" else [])]) == 0, words
+            assert main([*words, *(toy_overrides(words[1]) if words[0] == "train" else [])]) == 0, words
             done.append(words[0])
-        assert done == ["data", "train", "report", "evaluate", "chat", "reconstruct", "tokenizer-report"]
+        looked = ["report", "evaluate", "chat", "reconstruct", "tokenizer-report"]
+        assert done == ["data", "data", "train", *looked, "train", "tokenizer-report", "train"]
     return folder
+
+
+def toy_overrides(recipe: str) -> list[str]:
+    """What makes two steps of two pictures of a shipped recipe, with a language model of a few thousand weights."""
+    stages = {"quickstart": ["semantic"], "tokenizer_64px": ["tokenizer"], "smollm2_64px": ["align", "semantic"]}[
+        recipe
+    ]
+    short = {"steps": 2, "batch_size": 2, "validate_every": 1, "checkpoint_every": "null", "health.pictures": 2}
+    found = [f"stages.{stage}.{key}={value}" for stage in stages for key, value in short.items()]
+    if recipe == "tokenizer_64px":
+        found += ["stages.tokenizer.quantize_after=1", "model.vision_tokenizer.codebook_size=64"]
+    if recipe == "smollm2_64px":
+        found += [f"model.language_model={{config: {json.dumps(LANGUAGE_MODELS['llama'])}}}", "precision=fp32"]
+    return found
 
 
 @pytest.mark.slow
 def test_a_newcomer_gets_a_tuned_model_and_a_report(walked: Path) -> None:
-    lines = (walked / "mine" / "mine.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 10
-    assert json.loads(lines[0])["conversations"][1]["value"] == "blue bicycle"
-    assert "<svg" in (walked / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
+    trained, held = ((walked / "mine" / name).read_text(encoding="utf-8") for name in ("mine.jsonl", "held.jsonl"))
+    assert (len(trained.splitlines()), len(held.splitlines())) == (8, 2), "upper case and .jpeg too, and nothing else"
+    assert json.loads(trained.splitlines()[0])["conversations"][1]["value"] == "blue bicycle"
+    own = [json.loads(line)["id"] for line in held.splitlines()]
+    assert not set(own) & {json.loads(line)["id"] for line in trained.splitlines()}
     figures = json.loads((walked / "figures.json").read_text(encoding="utf-8"))["metrics"]
-    assert figures["caption_loss"]["num_examples"] == 10
+    assert figures["caption_loss"]["num_examples"] == 2
     assert (walked / "reports" / "mine" / "report.html").is_file()
     assert list((walked / "reconstructions").glob("red-bicycle*"))
+    assert (walked / "reports" / "tokenizer" / "report.html").is_file()
+    for run in ("mine", "tokenizer", "own"):
+        events = read_log(walked / "runs" / run / "log.jsonl")
+        assert [e["step"] for e in events if e["event"] == "validation"][:2] == [1, 2], (
+            f"{run}: held-back pictures are measured"
+        )
+
+
+@pytest.mark.slow
+def test_a_newcomers_report_shows_their_pictures_and_answers(walked: Path) -> None:
+    """Of what was held back and of what was trained on, each picture as it is, before tuning and after."""
+    folder = walked / "runs" / "mine"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    held = [json.loads(line) for line in (walked / "mine" / "held.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in held:
+        right = line["conversations"][1]["value"]
+        assert f"held: {line['id']}, right: {right}, said: " in page
+    for word in ("before tuning", "after tuning", "mine: blue-bicycle", "was trained on these", "Right: ", "Wrong: "):
+        assert word in page, word
+    shown = kept_pictures(folder)
+    assert len(shown) == len(held) + 6
+    assert page.count("<img") == 3 * len(shown)
+    for each in shown:
+        assert each.before is not None
+        assert each.before.tobytes() != each.reconstruction.tobytes(), "two steps of tuning are seen"
+    original = load_image(walked / "mine" / held[0]["image"])
+    ratio = original.width / original.height
+    assert shown[0].original.width / shown[0].original.height == pytest.approx(ratio, rel=0.1), "their own picture"
+    answers = json.loads((folder / "evaluation_of_validation_data.json").read_text(encoding="utf-8"))["predictions"]
+    assert [(each["id"], each["reference"]) for each in answers] == [
+        (line["id"], line["conversations"][1]["value"]) for line in held
+    ]
 
 
 def test_snippets_of_the_pages_run(toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,10 +235,9 @@ def test_snippets_of_the_pages_run(toy_run: Path, tmp_path: Path, monkeypatch: p
         "vision_tokenizer": trained["model"].vision_tokenizer,
         "language_model": trained["model"].language_model,
     }
-    (tmp_path / "runs" / "mine").unlink()
     model = run("own_language_model.md", 0, dict(parts))["model"]
     assert model.projector.merge_size == 2
-    assert (tmp_path / "runs" / "mine" / "processor_config.json").is_file()
+    assert (tmp_path / "models" / "own_parts" / "processor_config.json").is_file()
 
 
 def test_python_in_the_pages_compiles() -> None:
@@ -199,17 +247,62 @@ def test_python_in_the_pages_compiles() -> None:
             compile(code, f"{page.name}[{number}]", "exec")
 
 
+RECIPE_KEYS = {each.name for each in fields(Recipe)}
+WHOLE = {
+    "model": {"vision_tokenizer": {"path": "reader_64px"}, "language_model": {"path": "smollm2"}},
+    "data": [{"source": "names"}],
+    "stages": [{"stage": "semantic", "steps": 1, "batch_size": 2}],
+}
+"""A recipe for a page's part to stand in."""
+NO_RECIPE = {"scrape_configs"}
+"""Keys by which a block is known as another program's."""
+
+
+def read_as_recipe(given: dict[str, Any]) -> None:
+    """A whole recipe as it is; a part of one within `WHOLE`, and each of its arms."""
+    own = {key: value for key, value in given.items() if key not in ("arms", "seeds", "reference", "search")}
+    assert set(own) <= RECIPE_KEYS, set(own) - RECIPE_KEYS
+    whole = {"name": "page", **WHOLE, **own, "model": {**WHOLE["model"], **own.get("model", {})}}
+    for name, changes in (given.get("arms") or {"page": {}}).items():
+        recipe_of_arm(whole, name, changes)
+
+
 def test_recipes_in_the_pages_are_read() -> None:
-    """Whole ones as they are; a list of stages within a recipe that has a model."""
-    read, model = 0, {"vision_tokenizer": {"path": "reader_64px"}, "language_model": {"path": "smollm2"}}
+    """Every YAML block, parts of recipes too: keys that do not exist, values that are refused."""
+    read = 0
     for page in PAGES:
         for block in [] if page.name in SKIPPED else blocks(page, "yaml"):
             given = yaml.safe_load(block)
-            if "stages" in given and "arms" not in given:
-                given["model"] = {**model, **given.get("model", {})}
-                from_mapping(Recipe, {"name": "page", "data": [{"source": "names"}], **given})
-                read += 1
-    assert read >= 3
+            if set(given) & NO_RECIPE:
+                continue
+            try:
+                read_as_recipe(given)
+            except UserError as error:
+                raise AssertionError(f"{page.name}: {error}\n{block}") from error
+            read += 1
+    assert read >= 10
+    with pytest.raises(UserError, match="Did you mean"):
+        read_as_recipe({"evaluation": {"report_date": []}})
+
+
+def test_every_block_says_what_it_is() -> None:
+    """A fence without a language is checked by nobody."""
+    for page in PAGES:
+        fences = re.findall(r"^```(.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert page.name in SKIPPED or all(fences[::2]), page.name
+
+
+def test_scripts_that_the_pages_run_exist() -> None:
+    """Behind python, torchrun and srun, and where a page speaks of an example, a benchmark or a tool."""
+    found = set()
+    for page in PAGES:
+        text = "" if page.name in SKIPPED else page.read_text(encoding="utf-8")
+        for path in re.findall(
+            r"(?<![\w/.-])((?:examples|benchmarks|tools|recipes)/[\w/]+\.(?:py|md|yaml|sbatch|sh))\b", text
+        ):
+            assert (ROOT / path).is_file(), f"{page.name}: {path}"
+            found.add(path)
+    assert {"examples/deepspeed_zero.py", "examples/hf_trainer.py", "benchmarks/cached_codes.py"} <= found
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from ett.errors import UserError
 from ett.evaluate.charts import MAX_POINTS, Series, line_chart, number, thinned, ticks
 from ett.evaluate.report import write_report
+from ett.evaluate.run_folder import Shown, kept_pictures
 from tests.evaluate.conftest import picture
 
 HOSTILE = "<script>alert('x')</script>\"&\x00\ud83d"
@@ -95,7 +96,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_everything_is_on_the_page(folder: Path) -> None:
-    path = write_report(folder, [("a picture <1>", picture(0), picture(1))])
+    path = write_report(folder, [Shown("a picture <1>", picture(0), picture(1))])
     assert path == folder / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     expected = [
@@ -127,7 +128,7 @@ def test_everything_is_on_the_page(folder: Path) -> None:
 
 
 def test_it_stands_alone_and_runs_nothing(folder: Path) -> None:
-    html = write_report(folder, [(HOSTILE, picture(0), picture(1))]).read_text(encoding="utf-8")
+    html = write_report(folder, [Shown(HOSTILE, picture(0), picture(1))]).read_text(encoding="utf-8")
     page = Page(html)
     assert "script" not in page.tags
     assert "link" not in page.tags
@@ -151,8 +152,13 @@ def test_summary(folder: Path) -> None:
 
 
 def test_pictures_are_kept(folder: Path) -> None:
-    first = write_report(folder, [("one", picture(0), picture(1))]).read_text(encoding="utf-8")
+    first = write_report(folder, [Shown("one", picture(0), picture(1), picture(2))]).read_text(encoding="utf-8")
     assert write_report(folder).read_text(encoding="utf-8") == first
+    assert first.count("<img") == 3
+    assert "before tuning" in first
+    (shown,) = kept_pictures(folder)
+    assert shown.before is not None
+    assert shown.before.tobytes() == picture(2).tobytes()
     (folder / "samples.json").write_text('[{"caption": "no pictures"}]')
     with pytest.raises(UserError, match=r"samples\.json"):
         write_report(folder)

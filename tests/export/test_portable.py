@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ import yaml
 
 from ett.errors import DataError, ModelError
 from ett.export.bundle import Bundle, Shape
+from ett.export.card import model_card
 from ett.export.portable import export_model, modeling_source, processing_source
 from ett.generate.chat import answer
 from ett.images import load_image
-from ett.model.loading import load_model
+from ett.model.loading import find_weights, load_model
 from ett.tokenizers import VisionTokenizer
 from tests.conftest import TOKENIZER
 from tests.model.test_ett import build
@@ -137,6 +139,53 @@ def test_the_card_tells_what_the_run_knows(toy_run: Path, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="ett evaluate"):
         export_model(source, tmp_path / "third", metrics=source / "config.json")
     assert not (tmp_path / "third").exists()
+
+
+def test_the_card_tells_no_folders(toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither absolute ones nor relative ones; a hub's id stays, for its licence counts."""
+    run = Path(shutil.copytree(toy_run, tmp_path / "run"))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["data"] = [
+        {"source": "manifest", "path": "customers/acme/photos/mine.jsonl", "image_root": "customers/acme/private"},
+        {"source": "shards", "path": "customers/acme/shards/train-*.tar", "prompt": "either/or {answer}"},
+        {"source": "facts"},
+    ]
+    recipe["model"] |= {
+        "vision_tokenizer": {"path": "customers/acme/tokenizer"},
+        "language_model": {"path": "owner/name"},
+    }
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    model, processor = load_model(run / "stages" / "3-chat")
+    card = model_card(run / "stages" / "3-chat", model, processor)
+    assert "acme" not in card
+    for told in (
+        "`mine.jsonl`",
+        "path: mine.jsonl",
+        "image_root: private",
+        "train-*.tar",
+        "either/or {answer}",
+        "on the names",
+    ):
+        assert told in card, told
+    assert "- vision tokenizer: `tokenizer`\n- language model: `owner/name`" in card
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "owner" not in model_card(run / "stages" / "3-chat", model, processor), "a folder, not a hub's"
+
+
+def test_the_card_of_a_model_outside_a_run(toy_run: Path, tmp_path: Path) -> None:
+    """A shipped model's recipe is known; of any other folder the card says that nothing is."""
+    folder = Path(shutil.copytree(toy_run / "stages" / "3-chat", tmp_path / "alone"))
+    parts = load_model(folder)
+    card = model_card(folder, *parts)
+    assert "## Training\n\nNot known" in card
+    assert "### Data" not in card
+    shipped = find_weights("reader_64px")
+    card = model_card(shipped, *load_model(shipped))
+    assert "# reader_64px\n" in card
+    assert "| align | projector, language_model | 6,000 | 32 |" in card
+    assert "### Data\n\n- text drawn in open fonts" in card
+    assert "shipped with ett-tuning" in card
 
 
 @pytest.mark.parametrize("kind", VisionTokenizer.registry)

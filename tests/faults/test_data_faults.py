@@ -18,11 +18,14 @@ import PIL.Image
 import pytest
 
 from ett.config import from_mapping
+from ett.data.check import check
 from ett.data.mixture import STAND_INS, Mixture, SourceConfig, build_mixture, encode_draw
 from ett.data.sources import Source
 from ett.errors import DataError, RecipeError, UserError
 from ett.experiments.recipe import Recipe, load_recipe
 from ett.experiments.run import Run
+from ett.model import EttImageProcessor, EttProcessor
+from ett.model.text import byte_tokenizer
 from ett.train import loop as loop_module
 from ett.train.log import read_log
 from ett.types import Example
@@ -175,6 +178,37 @@ def test_a_source_of_nothing_but_bad_samples_is_told_from_bad_luck() -> None:
         encode_draw(mixture, 3, None, None)  # type: ignore[arg-type]  # nothing gets as far as the processor
 
 
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.role }}: {{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_template_that_refuses_an_example_is_no_end(tmp_path: Path) -> None:
+    """Of Gemma's and Mistral's kind: users who ask twice are refused, and so are system turns."""
+    lines = []
+    for k, roles in enumerate(
+        (("human", "gpt"), ("human", "human", "gpt"), ("human", "gpt"), ("system", "human", "gpt"))
+    ):
+        lines.append(json.dumps({"id": str(k), "conversations": [{"from": role, "value": "x"} for role in roles]}))
+    (tmp_path / "m.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    processor = EttProcessor(EttImageProcessor(8, 8), byte_tokenizer(), 4, ALTERNATING)
+    config = SourceConfig(source="manifest", path=str(tmp_path / "m.jsonl"))
+    source = config.build(tolerant=True)
+    drawn = [encode_draw(Mixture([source], [1.0], 0, tolerant=True), draw, processor, None) for draw in range(4)]
+    assert {each.item.id for each in drawn} == {"0", "2"}
+    assert {skipped.position for each in drawn for skipped in each.skipped} == {1, 3}
+    refusal = r"Example '1': the chat template refuses its turns \(user, user, assistant\): roles must alternate\. Mend"
+    with pytest.raises(DataError, match=refusal):
+        processor.encode(config.build()[1])
+    with pytest.raises(DataError, match="refuses its turns"):
+        processor.prompt([config.build()[1]])
+    assert (
+        "refuses its turns" in check(tmp_path / "m.jsonl", processor=processor)["problems"]["not_encodable"]["first"][1]
+    )
+
+
 def write_shard(path: Path, number: int, samples: int = 4, **members: bytes) -> Path:
     with tarfile.open(path, "w") as tar:
         for k in range(samples):
@@ -257,7 +291,7 @@ def test_a_killed_loader_ends_with_a_message_and_the_run_goes_on(recipe: dict[st
     ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
     assert ended.stdout.split() == ["killed"], ended
     assert ended.returncode == 2, ended
-    assert re.search(r"reads pictures ended by itself .*continue with --resume", ended.stderr), ended.stderr
+    assert re.search(r"reads pictures ended by itself .*[Cc]ontinue with --resume", ended.stderr), ended.stderr
     recipe["num_workers"] = 0
     given = load_recipe(write(recipe, path))
     Run(given, tmp_path / "run", resume=True).train()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import io
 import json
 import os
 import pickle
 import random
 import struct
+import tarfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,8 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ett.data.entries import Lines, Refused
+from ett.data.entries import Entries, Lines, Refused, Samples
 from ett.data.manifest import Manifest
+from ett.data.shards import ShardIndex
 from ett.errors import DataError, ModelError, RecipeError
 from ett.experiments.recipe import Recipe, load_recipe
 from ett.model.build import check_model
@@ -194,12 +197,14 @@ def read(path: Path) -> Recipe:
     return recipe
 
 
-def refuse_recipe(kind: str, rng: random.Random, folder: Path) -> None:
+def refuse_recipe(kind: str, rng: random.Random, folder: Path) -> bytes:
+    """Returns what was refused."""
     path = folder / "r.yaml"
     path.write_bytes(RECIPES[kind](rng))
     with pytest.raises(RecipeError) as caught:
         read(path)
     assert 10 < len(str(caught.value)) < 2000, kind
+    return path.read_bytes()
 
 
 def test_the_seed_recipe_is_valid(tmp_path: Path) -> None:
@@ -339,6 +344,10 @@ MANIFESTS: dict[str, Callable[[random.Random], bytes]] = {
         "data:image/png;base64,@@@", "data:image/png;base64,", "data:text/html;base64,QQ==", "data:,x"
     ),
     "an id that is none": line(lambda fields, rng: fields.update(id=rng.choice([[], {}, True, 1.5, "", "\ud800"]))),
+    "a key twice": lambda rng: (
+        rng.choice([b'{"id": 1, "id": 1, ', b'{"note": {"\\u0061": 1, "b": 2, "a": 3}, '])
+        + json.dumps(rng.choice([LLAVA, OPENAI])).encode()[1:]
+    ),
     "an id twice": lambda rng: b"\n".join([json.dumps(rng.choice([LLAVA, {**OPENAI, "id": "a"}])).encode()] * 2),
     "no line at all": lambda rng: rng.choice([b"", b"\n\n", b"   \n", b"\xef\xbb\xbf"]),
     "another file": lambda rng: rng.randbytes(rng.randint(1, 3000)) + b"\xff",
@@ -357,14 +366,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(lines: Lines, index: int) -> bool:
+def refused(entries: Entries, index: int) -> bool:
     with suppress(Refused):
-        lines.read(index)
+        entries.read(index)
         return False
     return True
 
 
-def refuse_manifest(kind: str, rng: random.Random, folder: Path) -> None:
+def refuse_manifest(kind: str, rng: random.Random, folder: Path) -> bytes:
+    """Returns what was refused."""
     path = folder / "m.jsonl"
     path.write_bytes(MANIFESTS[kind](rng))
     with pytest.raises(DataError) as caught:
@@ -375,6 +385,7 @@ def refuse_manifest(kind: str, rng: random.Random, folder: Path) -> None:
         lines = Lines(path)
         # drawn one by one, as where bad samples are skipped: none is read otherwise either
         assert any(refused(lines, index) for index in range(len(lines))), kind
+    return path.read_bytes()
 
 
 def test_the_seed_manifest_is_valid(folder: Path) -> None:
@@ -394,6 +405,235 @@ def test_malformed_manifests_are_refused(kind: str, folder: Path) -> None:
 @given(kind=st.sampled_from(sorted(MANIFESTS)), rng=RANDOM)
 def test_many_malformed_manifests_are_refused(kind: str, rng: random.Random, folder: Path) -> None:
     refuse_manifest(kind, rng, folder)
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+PICTURE = io.BytesIO()
+PIL.Image.effect_noise((48, 48), 90).save(PICTURE, "PNG")
+ANSWER: Tree = {"image": "p.png", "conversations": LLAVA["conversations"]}
+MEMBERS: dict[str, bytes] = {
+    "a.json": json.dumps(ANSWER).encode(),
+    "a.png": PICTURE.getvalue(),
+    "b.txt": b"a caption",
+    "b.png": PICTURE.getvalue(),
+}
+FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+
+
+def tar(
+    members: dict[str, bytes],
+    pax: tuple[str, dict[str, str]] = ("", {}),
+    everywhere: dict[str, str] | None = None,
+    kind: int = tarfile.PAX_FORMAT,
+) -> bytes:
+    """A tar of `members`, with pax headers before one of them or for them all."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind, pax_headers=everywhere) as file:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            if name == pax[0]:
+                info.pax_headers = pax[1]
+            file.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def plain(rng: random.Random) -> bytes:
+    return tar(MEMBERS, kind=rng.choice(FORMATS))
+
+
+def pax(headers: Callable[[random.Random], dict[str, str]]) -> Callable[[random.Random], bytes]:
+    """The seed with pax headers before one of its pictures."""
+    return lambda rng: tar(MEMBERS, pax=(rng.choice(["a.png", "b.png"]), headers(rng)))
+
+
+def headed(change: Callable[[bytearray, random.Random], None], *names: str, sealed: bool = True) -> Any:
+    """The seed with another header before one of its members; its checksum fits if it is `sealed`."""
+
+    def mutate(rng: random.Random) -> bytes:
+        data = plain(rng)
+        with tarfile.open(fileobj=io.BytesIO(data)) as file:
+            at = file.getmember(rng.choice(names or tuple(MEMBERS))).offset
+        header = bytearray(data[at : at + 512])
+        change(header, rng)
+        if sealed:
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+        return data[:at] + header + data[at + 512 :]
+
+    return mutate
+
+
+def other(rng: random.Random, *drop: str, **put: bytes) -> bytes:
+    """The seed without some members and with others, given as ``a_png``."""
+    kept = {name: content for name, content in MEMBERS.items() if name not in drop}
+    return tar(kept | {name.replace("_", "."): content for name, content in put.items()}, kind=rng.choice(FORMATS))
+
+
+def size_of(rng: random.Random) -> bytes:
+    """A size field that ends elsewhere than the member: in its own content, behind the file, or nowhere."""
+    inside = b"%011o\0" % rng.randrange(len(PICTURE.getvalue()) - 512)
+    behind = b"%011o\0" % rng.randrange(10**6, 8**11)
+    return rng.choice([inside, behind, b"\x80" + rng.randbytes(11), b"\xff" * 11 + rng.randbytes(1)])
+
+
+def sparse(rng: random.Random) -> dict[str, str]:
+    length = str(rng.randrange(1, 1000))
+    old = {"GNU.sparse.size": length, "GNU.sparse.numblocks": "0"}
+    map_of = {"GNU.sparse.map": f"0,{length}", "GNU.sparse.size": length}
+    new = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": length}
+    return rng.choice([old, map_of, new, {"GNU.sparse.name": f"c{length}.png"}, {"GNU.sparse.realsize": length}])
+
+
+def raw_pax(rng: random.Random) -> bytes:
+    """Records that are no records, in front of the seed."""
+    body = rng.choice(
+        [
+            b"9" * rng.randint(4400, 5000) + b" a=b\n",
+            b"19 hdrcharset=\xff%d\n" % rng.randint(100, 999),
+            b"0 a=%d\n" % rng.randint(0, 99),
+            b"22 GNU.sparse.map=%d,\n" % rng.randint(10, 99),
+        ]
+    )
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(body)
+    return header.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % 512) + plain(rng)
+
+
+def endless(rng: random.Random) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type = rng.choice([tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+    return info.tobuf(tarfile.USTAR_FORMAT) * rng.randint(2000, 3000) + plain(rng)
+
+
+def kind_of(*kinds: bytes) -> Callable[[bytearray, random.Random], None]:
+    def change(header: bytearray, rng: random.Random) -> None:
+        header[156:157] = rng.choice(kinds)
+
+    return change
+
+
+def resized(header: bytearray, rng: random.Random) -> None:
+    header[124:136] = size_of(rng)
+
+
+def renamed(header: bytearray, rng: random.Random) -> None:
+    name = rng.choice([b"../c%d.png", b"/c%d.png", b"a/../../c%d.png", b"a\\c%d.png"]) % rng.randrange(100)
+    header[:100] = name.ljust(100, b"\0")
+
+
+def bent(header: bytearray, rng: random.Random) -> None:
+    at = rng.randrange(100)
+    header[at] ^= 1 << rng.randrange(8)
+
+
+def described(change: Callable[[Tree, random.Random], Any]) -> Callable[[random.Random], bytes]:
+    """The seed with another a.json."""
+
+    def mutate(rng: random.Random) -> bytes:
+        fields = copy.deepcopy(ANSWER)
+        change(fields, rng)
+        return other(rng, a_json=json.dumps(fields).encode())
+
+    return mutate
+
+
+SHARDS: dict[str, Callable[[random.Random], bytes]] = {
+    "a sparse map that is none": pax(
+        lambda rng: {"GNU.sparse.map": rng.choice(["x", "", "1,y", "1,,2", "9" * 5000]) + "z" * rng.randrange(9)}
+    ),
+    "a sparse size that is none": pax(
+        lambda rng: {rng.choice(["GNU.sparse.size", "GNU.sparse.realsize"]): rng.choice(["x", "1e9", "-", "1.5"])}
+    ),
+    "a sparse file in a pax header": pax(sparse),
+    "a sparse file in GNU's own header": headed(kind_of(tarfile.GNUTYPE_SPARSE)),
+    "pax records that are none": raw_pax,
+    "headers of headers without end": endless,
+    "a pax size that lies": pax(
+        lambda rng: {"size": rng.choice(["-5", "zz", "1e999", "nan", f"{rng.randint(10**6, 10**30)}"])}
+    ),
+    "one size for all": lambda rng: tar(MEMBERS, everywhere={"size": str(rng.randrange(512))}),
+    "a pax name that leads out": pax(lambda rng: {"path": rng.choice(["../c.png", "/c.png", "a/../../c.png"])}),
+    "a size that lies": headed(resized, "a.png", "b.png"),
+    "a name that leads out": headed(renamed),
+    "a link or device": headed(kind_of(b"1", b"2", b"3", b"4", b"6", b"Z")),
+    "a checksum that does not fit": headed(bent, sealed=False),
+    "a tar cut short": lambda rng: (lambda data: data[: rng.randrange(len(data.rstrip(b"\0")))])(plain(rng)),
+    "a gzip cut short": lambda rng: cut(gzip.compress(plain(rng), mtime=0), rng) or b"\x1f\x8b",
+    "a member twice": lambda rng: other(rng, a_PNG=rng.randbytes(9)),
+    "a picture that is missing": lambda rng: other(rng, "a.png", c_txt=rng.randbytes(2).hex().encode()),
+    "a picture of another name": lambda rng: other(
+        rng, "a.png", **{f"a_{rng.choice(['heic', 'image_png', 'x_jpg', 'svg', 'img0_png'])}": PICTURE.getvalue()}
+    ),
+    "more or fewer pictures than named": described(
+        lambda fields, rng: fields.update(image=["p.png"] * rng.randint(2, 9) + [f"{rng.random()}.png"])
+    ),
+    "no text": lambda rng: other(rng, "a.json", c_png=rng.randbytes(9)),
+    "a key twice in the JSON": lambda rng: other(
+        rng, a_json=b'{"x": %d, "x": 1, ' % rng.randrange(99) + MEMBERS["a.json"][1:]
+    ),
+    "JSON cut short": lambda rng: other(rng, a_json=MEMBERS["a.json"][: rng.randrange(len(MEMBERS["a.json"]))]),
+    "bytes that are no UTF-8": lambda rng: other(
+        rng, **{rng.choice(["a_json", "b_txt"]): not_utf8(MEMBERS[rng.choice(["a.json", "b.txt"])], rng)}
+    ),
+    "an empty text": described(lambda fields, rng: text(rng.choice(["", "  ", "\n\t"]))(fields, rng)),
+    "turns that are none": described(wrong_turns),
+    "no samples": lambda rng: tar({f"README{rng.randrange(99)}": b"x"}) if rng.random() < 0.5 else bytes(1024),
+    "another file": lambda rng: b"\xff" + rng.randbytes(rng.randint(1, 3000)),
+}
+
+
+def refuse_shard(kind: str, rng: random.Random, folder: Path) -> bytes:
+    """Returns what was refused."""
+    path = folder / "s.tar"
+    path.write_bytes(SHARDS[kind](rng))
+    samples = Samples([path])
+    if not samples.refused:
+        assert any(refused(samples, index) for index in range(len(samples))), kind
+        return path.read_bytes()
+    with pytest.raises(DataError) as caught:
+        ShardIndex([path])
+    assert str(path) in str(caught.value), kind
+    assert len(str(caught.value)) < 2000, kind
+    return path.read_bytes()
+
+
+def test_the_seed_shards_are_valid(folder: Path) -> None:
+    for content in [tar(MEMBERS, kind=kind) for kind in FORMATS]:
+        (folder / "s.tar").write_bytes(content)
+        samples = Samples([folder / "s.tar"])
+        assert [samples.read(index).pictures for index in range(2)] == [[PICTURE.getvalue()]] * 2
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_malformed_shards_are_refused(kind: str, folder: Path) -> None:
+    for seed in range(4):
+        refuse_shard(kind, random.Random(f"{kind} {seed}"), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@MANY
+@given(kind=st.sampled_from(sorted(SHARDS)), rng=RANDOM)
+def test_many_malformed_shards_are_refused(kind: str, rng: random.Random, folder: Path) -> None:
+    refuse_shard(kind, rng, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@MANY
+@given(rng=RANDOM)
+def test_a_shard_with_a_changed_header_is_read_or_refused(rng: random.Random, folder: Path) -> None:
+    def change(header: bytearray, rng: random.Random) -> None:
+        for _ in range(rng.randint(1, 3)):
+            header[rng.randrange(512)] = rng.choice([rng.randrange(256), 0, 255, 128, 0x30 + rng.randrange(10)])
+
+    (folder / "s.tar").write_bytes(headed(change)(rng))
+    samples = Samples([folder / "s.tar"])
+    assert len(samples) or samples.refused
+    for index in range(len(samples)):
+        refused(samples, index)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -561,12 +801,14 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
-def refuse_checkpoint(kind: str, rng: random.Random, seeds: Checkpoints) -> None:
+def refuse_checkpoint(kind: str, rng: random.Random, seeds: Checkpoints) -> bytes:
+    """Returns what was refused."""
     path = CHECKPOINTS[kind](seeds, rng)
     with pytest.raises(ModelError) as caught:
         read_tokenizer(path)
     assert 10 < len(str(caught.value)) < 3000, kind
     assert not Path("ran").exists(), "code of the file was run"
+    return b"".join(each.read_bytes() for each in (sorted(path.iterdir()) if path.is_dir() else [path]))
 
 
 def test_the_seed_checkpoints_are_valid(seeds: Checkpoints) -> None:
@@ -609,6 +851,27 @@ def test_a_flipped_bit_in_an_archive_is_found(rng: random.Random, seeds: Checkpo
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
 
 
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
 def test_there_are_enough_of_them() -> None:
-    assert len(RECIPES) + len(MANIFESTS) + len(CHECKPOINTS) >= 15
-    assert 3 * len(RECIPES) + 4 * len(MANIFESTS) + 3 * len(CHECKPOINTS) >= 200
+    """Of every kind in every run of the tests."""
+    assert min(map(len, (RECIPES, MANIFESTS, SHARDS, CHECKPOINTS))) >= 15
+    assert 3 * len(RECIPES) + 4 * len(MANIFESTS) + 4 * len(SHARDS) + 3 * len(CHECKPOINTS) >= 300
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_there_are_five_hundred_of_them(folder: Path, seeds: Checkpoints) -> None:
+    """Different ones, each of them refused, of at least 15 kinds of each sort of input."""
+    sorts: list[tuple[dict[str, Any], Callable[[str, random.Random, Any], bytes], Any]] = [
+        (RECIPES, refuse_recipe, folder),
+        (MANIFESTS, refuse_manifest, folder),
+        (SHARDS, refuse_shard, folder),
+        (CHECKPOINTS, refuse_checkpoint, seeds),
+    ]
+    for kinds, refuse, place in sorts:
+        draws = [(kind, random.Random(f"{kind} {seed}")) for kind in kinds for seed in range(100, 112)]
+        different = {refuse(kind, rng, place) for kind, rng in draws}
+        assert len(kinds) >= 15
+        assert len(different) >= 125

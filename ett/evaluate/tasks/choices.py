@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from ett.data.sources import Source
-from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches, first_exchange
+from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, first_exchange
 from ett.evaluate.references import CHOICES, choices_and_right, manifest_states
+from ett.evaluate.shares import in_batches
 from ett.evaluate.tasks.naming import score_answers
+from ett.types import Example
 
 
 class ChoicesTask(Task):
@@ -27,16 +30,21 @@ class ChoicesTask(Task):
     def run(self, subject: Subject, data: Selection) -> TaskResult:
         hits: list[float] = []
         sizes: list[int] = []
-        for (example,) in batches(data, 1, f"{data.name} {self.name}"):
+
+        def choose(part: Sequence[Example]) -> list[tuple[float, int]]:
+            (example,) = part
             found = choices_and_right(example)
             if found is None:
-                continue
+                return []
             asked = first_exchange(example)
             assert asked is not None, "the right choice comes from the answer"
             choices, right = found
             scores = score_answers(subject, asked, choices)
-            hits.append(float((scores >= scores[right]).sum() == 1))
-            sizes.append(len(choices))
+            return [(float((scores >= scores[right]).sum() == 1), len(choices))]
+
+        for hit, size in in_batches(subject, data, 1, f"{data.name} {self.name}", choose):
+            hits.append(hit)
+            sizes.append(size)
         return TaskResult(choice_metrics("choice_accuracy", hits, sizes))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
 from ett.errors import ModelError
-from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches
+from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult
 from ett.evaluate.metrics import l1
+from ett.evaluate.shares import in_batches
 from ett.images import load_image
 from ett.tokenizers import VisionTokenizer
+from ett.types import Example
 
 
 class DriftTask(Task):
@@ -36,20 +39,23 @@ class DriftTask(Task):
         frozen = _equal(tuned, initial)
         changed: list[float] = []
         drift: list[float] = []
-        for part in batches(data, subject.batch_size, f"{data.name} {self.name}"):
+
+        def compare(part: Sequence[Example]) -> list[tuple[float, float]]:
             images = [load_image(image) for example in part for image in example.images]
             if frozen:  # the same function twice: nothing to compute
-                changed.extend([0.0] * len(images))
-                drift.extend([0.0] * len(images))
-                continue
+                return [(0.0, 0.0)] * len(images)
             if not images:
-                continue
+                return []
             fitted = [subject.processor.image_processor.fit(image) for image in images]
             pixels = torch.stack([torch.from_numpy(array) for array, _ in fitted]).to(subject.device)
             before, now = initial.tokenize(pixels), tuned.tokenize(pixels)
-            changed.extend((before != now).double().mean(dim=(1, 2)).tolist())
+            moved = (before != now).double().mean(dim=(1, 2)).tolist()
             pairs = zip(initial.detokenize(before), tuned.detokenize(now), fitted, strict=True)
-            drift.extend(l1(first, second, box) for first, second, (_, box) in pairs)
+            return list(zip(moved, [l1(first, second, box) for first, second, (_, box) in pairs], strict=True))
+
+        for share, difference in in_batches(subject, data, subject.batch_size, f"{data.name} {self.name}", compare):
+            changed.append(share)
+            drift.append(difference)
         if not changed:
             return TaskResult()
         return TaskResult({"indices_changed": Metric.mean(changed), "reconstruction_drift": Metric.mean(drift)})

@@ -9,8 +9,9 @@ from typing import ClassVar
 from ett.data.manifest import question_and_reference
 from ett.data.sources import Source
 from ett.evaluate.answer_measures import chosen, letters
-from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches
+from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult
 from ett.evaluate.references import CHOICES, choices_and_right, manifest_states
+from ett.evaluate.shares import in_batches
 from ett.evaluate.tasks.choices import choice_metrics
 from ett.generate.chat import answers
 from ett.types import Example, Message
@@ -37,15 +38,21 @@ class LettersTask(Task):
         answered: list[float] = []
         hits: list[float] = []
         sizes: list[int] = []
-        for part in batches(data, subject.batch_size, f"{data.name} {self.name}"):
+
+        def choose(part: Sequence[Example]) -> list[tuple[float, float, int]]:
             posed = [(example, *found) for example in part if (found := choices_and_right(example)) is not None]
             asked = [with_choices(example, choices) for example, choices, _ in posed]
             said = answers(subject.language_model, subject.processor, asked, max_new_tokens=subject.max_new_tokens)
+            rows = []
             for (_, choices, right), text in zip(posed, said, strict=True):
                 named = chosen(text, choices)
-                answered.append(float(named is not None))
-                hits.append(float(named == right))
-                sizes.append(len(choices))
+                rows.append((float(named is not None), float(named == right), len(choices)))
+            return rows
+
+        for named, hit, size in in_batches(subject, data, subject.batch_size, f"{data.name} {self.name}", choose):
+            answered.append(named)
+            hits.append(hit)
+            sizes.append(size)
         metrics = choice_metrics("letter_accuracy", hits, sizes)
         if metrics:
             metrics["letter_answered"] = Metric.mean(answered)

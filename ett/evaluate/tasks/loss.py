@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from ett.data.manifest import question_and_reference
 from ett.data.sources import Source
-from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches, first_exchange
+from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, first_exchange
 from ett.evaluate.references import text_only
+from ett.evaluate.shares import in_batches
 from ett.losses.caption import next_token_labels, supervised_columns, text_labels
 from ett.types import IGNORE_INDEX, Example
 
@@ -36,15 +37,17 @@ class LossTask(Task):
         tokens: list[int] = []
         hits: list[int] = []
         characters: list[int] = []
-        for part in batches(data, subject.batch_size, f"{data.name} {self.name}"):
+
+        def read(part: Sequence[Example]) -> list[tuple[float, int, int, int]]:
             answered = [cut for cut in map(first_exchange, part) if cut is not None]
-            if not answered:
-                continue
-            for loss, hit, count in teacher_forced(subject, answered):
-                losses.append(loss)
-                hits.append(hit)
-                tokens.append(count)
-            characters.extend(len(question_and_reference(example)[1] or "") for example in answered)
+            lengths = [len(question_and_reference(example)[1] or "") for example in answered]
+            return [(*row, size) for row, size in zip(teacher_forced(subject, answered), lengths, strict=True)]
+
+        for loss, hit, count, size in in_batches(subject, data, subject.batch_size, f"{data.name} {self.name}", read):
+            losses.append(loss)
+            hits.append(hit)
+            tokens.append(count)
+            characters.append(size)
         if not losses:
             return TaskResult()
         return TaskResult(
@@ -58,6 +61,8 @@ class LossTask(Task):
 
 def teacher_forced(subject: Subject, examples: Sequence[Example]) -> list[tuple[float, int, int]]:
     """For each example: (nats summed over supervised tokens, tokens predicted right, supervised tokens)."""
+    if not examples:
+        return []
     processor = subject.processor
     batch = processor.collate([processor.encode(example) for example in examples]).to(subject.device)
     columns = supervised_columns(batch.labels)

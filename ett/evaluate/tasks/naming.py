@@ -14,8 +14,9 @@ from torch import Tensor
 from ett.data.artwork import ArtworkNames
 from ett.data.manifest import question_and_reference
 from ett.data.sources import Source
-from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches, first_exchange, spread
+from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, first_exchange, spread
 from ett.evaluate.metrics import normalized
+from ett.evaluate.shares import in_batches
 from ett.generate.chat import prompts
 from ett.types import IGNORE_INDEX, Example, Message
 
@@ -54,17 +55,22 @@ class NamingTask(Task):
         ranks: list[float] = []
         counts: list[int] = []
         known: AnswerIds = {}
-        for positions in batches(chosen, 1, f"{data.name} {self.name}"):
+
+        def rank(positions: Sequence[int]) -> list[tuple[float, int]]:
             example = first_exchange(data[positions[0]])
             right = None if example is None else question_and_reference(example)[1]
             if example is None or right is None:
-                continue
+                return []
             others = [text for text in pool if normalized(text) != normalized(right)][: MAX_CANDIDATES - 1]
             if not others:
-                continue
+                return []
             scores = score_answers(subject, example, [right, *others], known)
-            ranks.append(1 + float((scores[1:] > scores[0]).sum()) + float((scores[1:] == scores[0]).sum()) / 2)
-            counts.append(1 + len(others))
+            better, equal = (scores[1:] > scores[0]).sum(), (scores[1:] == scores[0]).sum()
+            return [(1 + float(better) + float(equal) / 2, 1 + len(others))]
+
+        for place, count in in_batches(subject, chosen, 1, f"{data.name} {self.name}", rank):
+            ranks.append(place)
+            counts.append(count)
         if not ranks:
             return TaskResult()
         return TaskResult(

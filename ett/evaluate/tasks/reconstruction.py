@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches
 from ett.evaluate.metrics import codebook_usage, index_counts, index_perplexity, l1, psnr, ssim
+from ett.evaluate.shares import in_batches
 from ett.generate.fidelity import inside
 from ett.images import Box, load_image
 from ett.losses.perceptual import PerceptualDistance, lite0_is_installed, load_lite0
@@ -54,7 +55,10 @@ class ReconstructionTask(Task):
     needs_language_model: ClassVar[bool] = False
 
     def run(self, subject: Subject, data: Selection) -> TaskResult:
-        return measure(subject, reconstructed(subject, data, f"{data.name} {self.name}"))
+        def work(part: Sequence[Example]) -> list[Measured]:
+            return [measured(subject, found) for found in _through(subject, part)]
+
+        return summary(subject, in_batches(subject, data, subject.batch_size, f"{data.name} {self.name}", work))
 
 
 def reconstructed(subject: Subject, data: Selection, description: str) -> Iterator[Reconstructed]:
@@ -63,32 +67,58 @@ def reconstructed(subject: Subject, data: Selection, description: str) -> Iterat
     Raises:
         DataError: an example that cannot be read.
     """
-    tokenizer, image_processor = subject.vision_tokenizer, subject.processor.image_processor
     for part in batches(data, subject.batch_size, description):
-        shown = [example for example in part if example.images]
-        if not shown:
-            continue
+        yield from _through(subject, part)
+
+
+def _through(subject: Subject, part: Sequence[Example]) -> Iterator[Reconstructed]:
+    """The pictures of some examples there and back at once; nothing where there are none."""
+    tokenizer, image_processor = subject.vision_tokenizer, subject.processor.image_processor
+    shown = [example for example in part if example.images]
+    if shown:
         fitted = [image_processor.fit(load_image(image)) for example in shown for image in example.images]
         pixels = torch.stack([torch.from_numpy(array) for array, _ in fitted]).to(subject.device)
         indices = tokenizer.tokenize(pixels)
         yield Reconstructed(shown, [box for _, box in fitted], pixels, tokenizer.detokenize(indices), indices)
 
 
-def measure(subject: Subject, found: Iterable[Reconstructed]) -> TaskResult:
-    """`ReconstructionTask`'s metrics of what `subject` made of pictures; none where there are no pictures."""
-    codebook_size = subject.vision_tokenizer.codebook_size
-    counts = torch.zeros(codebook_size, dtype=torch.int64)
+@dataclass(frozen=True)
+class Measured:
+    """Figures of some examples' pictures.
+
+    Attributes:
+        sums: of each measure, a sum over the pictures of each example. pictures: of each example, how many.
+        counts: int64[K], how often each code occurred.
+    """
+
+    sums: Mapping[str, Sequence[float]]
+    pictures: Sequence[int]
+    counts: Tensor
+
+
+def measured(subject: Subject, part: Reconstructed) -> Measured:
+    """What `ReconstructionTask` counts of pictures that `subject` reconstructed."""
     measures: dict[str, Measure] = {"psnr": _each(psnr), "ssim": _each(ssim), "l1": _each(l1)}
     if lite0_is_installed():
         measures["lite0_distance"] = _lite0_distances
-    sums: dict[str, list[float]] = {name: [] for name in measures}
+    sums = {}
+    for name, of in measures.items():
+        each = iter(of(part))
+        sums[name] = [sum(next(each) for _ in example.images) for example in part.examples]
+    counts = index_counts(part.indices, subject.vision_tokenizer.codebook_size)
+    return Measured(sums, [len(example.images) for example in part.examples], counts)
+
+
+def summary(subject: Subject, found: Iterable[Measured]) -> TaskResult:
+    """`ReconstructionTask`'s metrics; none where there are no pictures."""
+    counts = torch.zeros(subject.vision_tokenizer.codebook_size, dtype=torch.int64)
+    sums: dict[str, list[float]] = {}
     pictures: list[int] = []
     for part in found:
-        counts += index_counts(part.indices, codebook_size)
-        for name, of in measures.items():
-            each = iter(of(part))
-            sums[name].extend(sum(next(each) for _ in example.images) for example in part.examples)
-        pictures.extend(len(example.images) for example in part.examples)
+        counts += part.counts
+        for name, values in part.sums.items():
+            sums.setdefault(name, []).extend(values)
+        pictures.extend(part.pictures)
     if not pictures:
         return TaskResult()
     metrics = {name: Metric.mean(values, pictures) for name, values in sums.items()}
@@ -100,10 +130,10 @@ def measure(subject: Subject, found: Iterable[Reconstructed]) -> TaskResult:
 def _each(of: Callable[[Tensor, Tensor, Box | None], float]) -> Measure:
     """`of` a picture and its reconstruction, float[3, H, W] in [-1, 1], one pair at a time."""
 
-    def measured(part: Reconstructed) -> list[float]:
+    def each(part: Reconstructed) -> list[float]:
         return [of(part.pixels[i], part.decoded[i], box) for i, box in enumerate(part.boxes)]
 
-    return measured
+    return each
 
 
 def _lite0_distances(part: Reconstructed) -> list[float]:

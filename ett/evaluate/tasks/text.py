@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from ett.data.manifest import question_and_reference
 from ett.data.sources import Source
-from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches, first_exchange
+from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, first_exchange
 from ett.evaluate.references import text_only
+from ett.evaluate.shares import in_batches
 from ett.evaluate.tasks.loss import teacher_forced
+from ett.types import Example
 
 
 class TextTask(Task):
@@ -29,14 +32,17 @@ class TextTask(Task):
         losses: list[float] = []
         tokens: list[int] = []
         characters: list[int] = []
-        for part in batches(data, subject.batch_size, f"{data.name} {self.name}"):
+
+        def read(part: Sequence[Example]) -> list[tuple[float, int, int]]:
             found = [cut for cut in map(first_exchange, part) if cut is not None and not cut.images]
-            if not found:
-                continue
-            for nats, _, count in teacher_forced(subject, found):
-                losses.append(nats)
-                tokens.append(count)
-            characters.extend(len(question_and_reference(example)[1] or "") for example in found)
+            lengths = [len(question_and_reference(example)[1] or "") for example in found]
+            rows = zip(teacher_forced(subject, found), lengths, strict=True)
+            return [(nats, count, size) for (nats, _, count), size in rows]
+
+        for nats, count, size in in_batches(subject, data, subject.batch_size, f"{data.name} {self.name}", read):
+            losses.append(nats)
+            tokens.append(count)
+            characters.append(size)
         if not losses:
             return TaskResult()
         return TaskResult(

@@ -91,7 +91,7 @@ def stage_data(
         max_length = getattr(model.config.text_config, "max_position_embeddings", None)
     try:
         mixture = build_mixture(sources, recipe.seed)
-        held = validation_mixture(evaluation.data or sources, evaluation.split, recipe.seed)
+        held = validation_mixture(evaluation, sources, recipe.seed)
         notes = []
     except DataError as error:
         mixture, held = Mixture([Imagined()], [1.0], recipe.seed), None
