@@ -15,6 +15,7 @@ from ett.evaluate.metrics import exact_match
 from ett.evaluate.page import DESCRIPTIONS, page
 from ett.evaluate.run_folder import (
     RECIPE_NAME,
+    TRAINING_DATA,
     Pictures,
     RunFacts,
     keep_pictures,
@@ -24,8 +25,6 @@ from ett.evaluate.run_folder import (
 )
 
 REPORT_NAME, SUMMARY_NAME = "report.html", "report.json"
-TRAINING_DATA = "evaluation_of_training_data"
-"""Name of an evaluation (without its suffix) on what the run learned from."""
 _TRAINED_ON = (
     "The run was trained on these examples: right answers show that it learned them, not that it can do others."
 )

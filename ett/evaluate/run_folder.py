@@ -19,6 +19,8 @@ LOG_NAME, RECIPE_NAME = "log.jsonl", "recipe.yaml"
 COMPARISON_NAME = "comparison.json"
 """Marks the folder of a comparison, whose arms are runs."""
 PICTURES_NAME, PICTURES_FOLDER = "samples.json", "samples"
+TRAINING_DATA = "evaluation_of_training_data"
+"""Name of an evaluation (without its suffix) on what the run learned from."""
 
 
 class Shown(NamedTuple):
@@ -81,6 +83,11 @@ def resolve_model_folder(given: str | Path) -> Path:
     return stages[-1]
 
 
+def _place(evaluation: Path) -> tuple[bool, str]:
+    """What the run was trained on comes last: it says the least."""
+    return evaluation.stem == TRAINING_DATA, evaluation.stem
+
+
 def read_run(folder: Path) -> RunFacts:
     """Read a run's folder.
 
@@ -95,7 +102,7 @@ def read_run(folder: Path) -> RunFacts:
     except yaml.YAMLError as error:
         raise UserError(f"{folder / RECIPE_NAME} is not valid YAML. Restore it from the run's recipe.") from error
     evaluations = {
-        path.stem: _evaluation(path) for path in sorted(folder.glob("evaluation*.json"), key=lambda p: p.stem)
+        path.stem: _evaluation(path) for path in sorted(folder.glob("evaluation*.json"), key=_place)
     }
     events = _events(folder / LOG_NAME) if (folder / LOG_NAME).is_file() else []
     if not text and not evaluations and not events:

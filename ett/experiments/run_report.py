@@ -17,9 +17,9 @@ from ett.data.mixture import STORED
 from ett.devices import place
 from ett.errors import DataError, ModelError, UserError
 from ett.evaluate.base import Selection
-from ett.evaluate.report import TRAINING_DATA, write_report
+from ett.evaluate.report import write_report
 from ett.evaluate.run import evaluate, load_for_evaluation
-from ett.evaluate.run_folder import PICTURES_NAME, Shown
+from ett.evaluate.run_folder import PICTURES_NAME, TRAINING_DATA, Shown
 from ett.evaluate.sources import NamedSources, configured_sources, held_back, stored_sources
 from ett.experiments.comparison import initial_tokenizer
 from ett.experiments.recipe import Recipe
