@@ -1,7 +1,7 @@
 # Every target sets itself up on a bare machine with Python 3.11 or newer.
 #   make demo      frozen against tuned tokenizers: four arms, measured and reported (2 CPU cores, no network but the package index)
 #   make test      lint, types and the tests (under 20 minutes)
-#   make test-all  slow tests too (under 75 minutes)
+#   make test-all  slow tests too (about 35 minutes on 2 cores)
 #   make bench     speed and memory against plain baselines (10 minutes on 2 cores); make bench-gpu: the same scripts on CUDA
 #   make docs      the documentation as a site, in site/; strict: a broken link ends it
 
