@@ -161,7 +161,7 @@ def sides(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", nargs="+", default=["quickstart", "arm=ett"], help="with overrides")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe[0], arguments.recipe[1:])

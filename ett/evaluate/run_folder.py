@@ -101,9 +101,7 @@ def read_run(folder: Path) -> RunFacts:
         recipe = yaml.safe_load(text) if text else {}
     except yaml.YAMLError as error:
         raise UserError(f"{folder / RECIPE_NAME} is not valid YAML. Restore it from the run's recipe.") from error
-    evaluations = {
-        path.stem: _evaluation(path) for path in sorted(folder.glob("evaluation*.json"), key=_place)
-    }
+    evaluations = {path.stem: _evaluation(path) for path in sorted(folder.glob("evaluation*.json"), key=_place)}
     events = _events(folder / LOG_NAME) if (folder / LOG_NAME).is_file() else []
     if not text and not evaluations and not events:
         raise UserError(f"{folder} is not a run's folder: it has no {RECIPE_NAME}, {LOG_NAME} or evaluation*.json.")

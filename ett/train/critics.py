@@ -137,11 +137,18 @@ class Critics:
             self.lecam.move_with_others()
         return {name: torch.zeros((), device=self.accelerator.device) for name in names}
 
+    def gather(self) -> float:
+        """Share among ranks what each has learned; returns the norm of the discriminator's gradient, 0 without one."""
+        if self.discriminator is None:
+            return 0.0
+        self._average_gradients()
+        gradients = [each.grad for each in self.discriminator.parameters() if each.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
     def step(self, factor: float) -> None:
-        """Move the discriminator by what it learned, at `factor` of its peak learning rate, in [0, 1]."""
+        """Move the discriminator by what it learned (`gather`), at `factor` of its peak learning rate, in [0, 1]."""
         if self.discriminator is None:
             return
-        self._average_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak * factor
         self.optimizer.step()

@@ -312,8 +312,10 @@ class Stage:
         norm_value = float(whole(norm)) if norm is not None else 0.0
         if world > 1:
             totals = {name: self.accelerator.reduce(value, reduction="mean") for name, value in totals.items()}
-        if self.back_offs.needed(totals, norm_value):
-            self.back_offs.refuse(self.step + 1, totals, norm_value)
+        # a discriminator that is lost once stays lost: its gradient counts too
+        both = norm_value + (self.critics.gather() if self.critics is not None else 0.0)
+        if self.back_offs.needed(totals, both):
+            self.back_offs.refuse(self.step + 1, totals, both)
             self._drop_step(statistics)
         else:
             self._update_weights()

@@ -129,11 +129,15 @@ def test_the_plan_knows_the_real_shapes(config: dict[str, Any], tmp_path: Path) 
     assert stages["semantic"].warning is None, "meant for 80 GB a GPU"
 
 
-def test_arms_that_start_from_arms_are_planned_from_their_root() -> None:
+def test_arms_that_start_from_arms_are_planned_from_their_root(tmp_path: Path) -> None:
     (refresh,) = recipes_of("ablation", ["arm=decoder_refresh"])
     assert refresh.model.init == "reader_64px"
     (stage,) = plan(refresh, Target("cpu-2core", HARDWARE["cpu-2core"]))
     assert stage.peak > 0
     assert stage.trainable["projector"] == stage.trainable["language_model"] == 0
-    (fresh,) = recipes_of("transfer", ["arm=fresh_on_ett", "seed=1"])
+    given = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))
+    own = {"model.init": None, "model.language_model": {"config": {"model_type": "llama"}}}
+    given["arms"] = {"ett": {}, "fresh": {**own, "model.vision_tokenizer": {"path": "arm:ett"}}}
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    (fresh,) = recipes_of(str(tmp_path / "chain.yaml"), ["arm=fresh", "seed=1"])
     assert (fresh.model.vision_tokenizer["path"], fresh.seed) == ("reader_64px", 1)

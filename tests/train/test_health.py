@@ -25,6 +25,7 @@ from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 from ett.tokenizers.softmax_statistics import softmax_statistics
 from ett.train import loop as loop_module
 from ett.train.checkpoint import list_checkpoints
+from ett.train.critics import Critics
 from ett.train.diagnosis import Situation, diagnose
 from ett.train.health import CodebookCollapse, NonFiniteLoss
 from ett.train.log import read_log
@@ -363,6 +364,34 @@ def test_a_nan_backs_off_and_resumes_exactly(
     monkeypatch.setattr(loop_module.Stage, "_train_step", poisoned(None))
     Run(recipe, tmp_path / "resumed", resume=True).train()
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+
+
+def test_a_discriminator_whose_gradient_is_not_finite_is_not_lost(
+    toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and the tokenizer's gradient are well; only the other player's is not."""
+    recipe = recipe_of(
+        toy_recipe,
+        losses={"adversarial_weight": 0.1},
+        discriminator={"channels": 4, "strided_layers": 2},
+        health={"on_non_finite": "back_off"},
+    )
+    plain, calls = Critics.learn, 0
+
+    def poisoned(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        terms = plain(self, *arguments)
+        if calls == 2:
+            next(self.discriminator.parameters()).grad[0] = float("nan")
+        return terms
+
+    monkeypatch.setattr(Critics, "learn", poisoned)
+    Run(recipe, tmp_path / "run").train()
+    told = [e["step"] for e in events(tmp_path / "run", "warning") if e["kind"] == "non_finite"]
+    assert told == [2]
+    last = events(tmp_path / "run", "step")[-1]["losses"]
+    assert all(map(math.isfinite, last.values()))
 
 
 def test_back_offs_come_to_an_end(toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
