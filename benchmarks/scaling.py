@@ -42,10 +42,10 @@ EACH = 4
 
 def recipe_of(world: int, sharding: str, steps: int) -> Recipe:
     """The large case of plan.py with a smaller tokenizer, grown with the number of processes."""
-    stage = {**LARGE["stages"][0], "steps": steps, "batch_size": EACH * world, "micro_batch_size": EACH}  # type: ignore[index]
+    stage = {**LARGE["stages"][0], "steps": steps, "batch_size": EACH * world, "micro_batch_size": EACH}
     stage |= {"log_every": 1, "checkpoint_every": None, "health": {"pictures": 0}}
-    tokenizer = {**LARGE["model"]["vision_tokenizer"], "channels": 16, "num_res_blocks": 1, "codebook_size": 4096}  # type: ignore[index]
-    model = {**LARGE["model"], "vision_tokenizer": tokenizer}  # type: ignore[dict-item]
+    tokenizer = {**LARGE["model"]["vision_tokenizer"], "channels": 16, "num_res_blocks": 1, "codebook_size": 4096}
+    model = {**LARGE["model"], "vision_tokenizer": tokenizer}
     given = {**LARGE, "model": model, "stages": [stage], "sharding": sharding, "evaluation": {"limit": 4}}
     return from_mapping(Recipe, given)
 

@@ -84,20 +84,15 @@ class Saver:
         Raises:
             ModelError: no checkpoint is whole, or it is of another stage than this.
         """
-        # one process's view, and its to set damaged ones aside
-        found, error = None, None
-        if self.accelerator.is_main_process:
+
+        def find() -> Checkpoint | None:
             for folder in checkpoint_folders(self.directory, self.stage):
                 if folder.name.startswith("."):
                     # half written when a run was killed
                     shutil.rmtree(folder)
-            try:
-                found = newest_whole(self.directory, self.stage, tell)
-            except ModelError as caught:
-                error = str(caught)
-        found, error = broadcast_object_list([found, error])
-        if error is not None:
-            raise ModelError(error)
+            return newest_whole(self.directory, self.stage, tell)
+
+        found = self._of_first_rank(find)
         if found is None:
             return 0
         rank = self.accelerator.process_index
@@ -105,7 +100,7 @@ class Saver:
         best = best_of(list_checkpoints(self.directory, self.stage))
         self.best = math.inf if best is None else best.validation_loss
         self._saved = found.step
-        return int(found.step)
+        return found.step
 
     def save(self, step: int, validation_loss: float | None = None) -> None:
         """Begin to write a checkpoint of `step` finished steps, once the one before is on the disk.
@@ -154,17 +149,22 @@ class Saver:
             UserError: no checkpoint of a validation, or none that is whole.
         """
         self.settle()
-        best, error = None, None
-        if self.accelerator.is_main_process:
-            try:
-                best = best_whole(self.directory, self.stage, tell)
-            except ModelError as caught:
-                error = str(caught)
-        best, error = broadcast_object_list([best, error])
-        if error is not None:
-            raise ModelError(error)
+        best = self._of_first_rank(lambda: best_whole(self.directory, self.stage, tell))
         if best is None:
             raise UserError(f"Stage {self.stage}: there is no checkpoint of a validation to end with.")
         averages = {name: each for name, each in self.extras.items() if name == "average"}
         load_weights(best, self.model, averages)
-        return int(best.step)
+        return best.step
+
+    def _of_first_rank(self, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+        """What the first rank finds, or its error, on all of them: one process's view, and its to set damaged ones aside."""
+        found, error = None, None
+        if self.accelerator.is_main_process:
+            try:
+                found = find()
+            except ModelError as caught:
+                error = str(caught)
+        found, error = broadcast_object_list([found, error])
+        if error is not None:
+            raise ModelError(error)
+        return found
