@@ -1,8 +1,8 @@
 """Products of a few rows with the matrices of linear layers that stay as they are for many calls.
 
 The plain form: each layer called by itself. Matrix libraries on CPUs multiply few rows with a matrix of layout [in, out] up to
-three times as fast as with [out, in], which layers keep, where out exceeds in; and small ones side by side faster than one by
-one (benchmarks/RESULTS.md). So such matrices are copied that way, up to a bound, before a picture is drawn.
+twice as fast as with [out, in], which layers keep, where out exceeds in; and small ones side by side faster than one by one
+(benchmarks/RESULTS.md). So such matrices are copied that way, up to a bound, before a picture is drawn.
 """
 
 from __future__ import annotations
