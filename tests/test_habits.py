@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import RepoUrl
 
-from ett.cli import main
+from ett.cli import build_parser, main
 from ett.environment import PACKAGES, describe
 from ett.errors import UserError
 from ett.export.hub import push_folder
@@ -65,6 +67,26 @@ def test_quiet_leaves_results_and_errors(toy_run: Path, tmp_path: Path, run: Com
     code, out, err = run("train", "nowhere.yaml", "-q")
     assert (code, out) == (2, "")
     assert err.startswith("ett: There is no recipe")
+
+
+def test_every_command_can_be_quiet() -> None:
+    """Those of groups too (`ett data check`), the option before the command's name or behind."""
+
+    def commands(parser: argparse.ArgumentParser, *names: str) -> Iterator[tuple[str, ...]]:
+        (subs,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)] or [None]
+        if subs is None:
+            assert "--quiet" in parser._option_string_actions, names
+            yield names
+        else:
+            for name, sub in subs.choices.items():
+                yield from commands(sub, *names, name)
+
+    parser = build_parser()
+    grouped = [names for names in commands(parser) if len(names) > 1]
+    assert ("data", "check") in grouped
+    for words in (["data", "-q", "check", "x"], ["data", "check", "x", "-q"], ["t2i", "scenes", "x", "--quiet"]):
+        assert parser.parse_args(words).quiet
+    assert not parser.parse_args(["data", "check", "x"]).quiet
 
 
 def test_results_as_json(toy_run: Path, tmp_path: Path, run: CommandLine) -> None:

@@ -1,8 +1,9 @@
-"""Takes the documents' pictures of the served page: asking, and drawing, at a desk's and a phone's width.
+"""Takes the documents' pictures of the served page, every tab at a desk's and a phone's width.
 
-    python tools/screenshots.py --draw runs/draw_64px --prompt "red heart, twemoji"    # needs playwright and Debian's chromium
+    python tools/screenshots.py --draw runs/draw_64px --tuned runs/mine --run runs/mine    # wants playwright and chromium
 
-Nothing is picked: the first answer, and the first four drawings from seed 0.
+Nothing is picked: the first answer, the first four drawings from seed 0, the lens on the example picture. A tab whose model is
+not given stays as it is in the documents.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,10 +27,10 @@ PORT = 8311
 
 
 @contextmanager
-def served(model: str) -> Iterator[str]:
+def served(model: str, *options: str) -> Iterator[str]:
     """The address of a server of `model`."""
     words = ["serve", model, "--name", Path(model).name, "--port", str(PORT)]
-    process = subprocess.Popen([sys.executable, "-m", "ett.cli", *words])
+    process = subprocess.Popen([sys.executable, "-m", "ett.cli", *words, *options])
     url = f"http://127.0.0.1:{PORT}"
     try:
         for _ in range(240):
@@ -62,6 +63,21 @@ def draw(page: Page, url: str, prompt: str) -> None:
     page.wait_for_selector(".drawn img")
 
 
+def lens(page: Page, url: str, picture: Path) -> None:
+    page.goto(f"{url}#lens")
+    page.set_input_files("#lens-picker-file", picture)
+    page.wait_for_selector("#codes span")
+    page.wait_for_function("[...document.querySelectorAll('#versions img')].every((each) => each.complete)")
+
+
+def run(page: Page, url: str) -> None:
+    """The curves: a whole report is too long for a picture."""
+    page.goto(f"{url}#run")
+    page.wait_for_selector("#report svg")
+    page.locator("#report h2:text-matches('Losses|Curves')").first.evaluate("(each) => each.scrollIntoView()")
+    page.mouse.wheel(0, -80)  # from below the tabs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--read", default="reader_64px", help="the model that is asked")
@@ -69,22 +85,32 @@ def main() -> None:
     parser.add_argument("--question", default="What is written?")
     parser.add_argument("--draw", help="the model that draws; without it no drawing is shown")
     parser.add_argument("--prompt", default="red heart, twemoji")
+    parser.add_argument("--tuned", help="the model of the lens, beside the shipped one before tuning")
+    parser.add_argument("--example", type=Path, default=FIGURES / "example.png", help="the picture under the lens")
+    parser.add_argument("--run", help="the folder of a run or a comparison; without it no curves are shown")
     parser.add_argument("--out", type=Path, default=FIGURES)
     arguments = parser.parse_args()
+    tabs: dict[str, tuple[str | None, list[str], Callable[[Page, str], None]]] = {
+        "ask": (arguments.read, [], lambda page, url: ask(page, url, arguments.picture, arguments.question)),
+        "draw": (arguments.draw, [], lambda page, url: draw(page, url, arguments.prompt)),
+        "lens": (
+            arguments.tuned,
+            ["--initial", "reader_64px"],
+            lambda page, url: lens(page, url, arguments.example),
+        ),
+        "run": (arguments.read if arguments.run else None, ["--run", str(arguments.run)], run),
+    }
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for name, model in (("ask", arguments.read), ("draw", arguments.draw)):
+        for name, (model, options, show) in tabs.items():
             if model is None:
                 continue
-            with served(model) as url:
+            with served(model, *options) as url:
                 for width in WIDTHS:
                     page = browser.new_page(viewport={"width": width, "height": 844})
                     page.set_default_timeout(240_000)
-                    if name == "ask":
-                        ask(page, url, arguments.picture, arguments.question)
-                    else:
-                        draw(page, url, arguments.prompt)
-                    page.screenshot(full_page=True, path=arguments.out / f"serve-{name}-{width}.png")
+                    show(page, url)
+                    page.screenshot(full_page=name != "run", path=arguments.out / f"serve-{name}-{width}.png")
                     page.close()
         browser.close()
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 
 from ett import __version__
 from ett.cli import data, drawing, evaluation, preparation, serving, sharing, tokenizers, training, use
-from ett.cli.common import Command
+from ett.cli.common import Command, add_quiet
 from ett.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -96,9 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument(
-            "-q", "--quiet", action="store_true", help="print results and errors alone: no progress, no warnings"
-        )
+        add_quiet(sub)
         sub.set_defaults(command=command)
         return sub
 

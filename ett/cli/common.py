@@ -16,6 +16,17 @@ Add = Callable[[str, Command, str, str], argparse.ArgumentParser]
 """Adds a command by name, function, summary and example; returns its parser, for its options."""
 
 
+def add_quiet(sub: argparse.ArgumentParser, *, within: bool = False) -> None:
+    """``--quiet``; `within` a group of commands it may also stand before the command's name."""
+    sub.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        default=argparse.SUPPRESS if within else False,
+        help="print results and errors alone: no progress, no warnings",
+    )
+
+
 def add_run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: runs/<recipe name>)")
     choice = sub.add_mutually_exclusive_group()

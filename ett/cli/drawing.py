@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ett.cli.common import Add, Command, add_model, positive, quiet_libraries
+from ett.cli.common import Add, Command, add_model, add_quiet, positive, quiet_libraries
 from ett.errors import ModelError, UserError
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def _sub_command(commands: Any, name: str, command: Command, summary: str, examp
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_quiet(sub, within=True)
     sub.set_defaults(command=command)
     return sub
 

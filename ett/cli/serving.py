@@ -39,7 +39,9 @@ def register(add: Add) -> None:
     sub.add_argument("model", metavar="MODEL", help="a run, a saved model or tokenizer, or a shipped name")
     sub.add_argument("--name", help="the model's for clients (default: its folder's)")
     sub.add_argument("--initial", metavar="MODEL", help="model or tokenizer before tuning, for the page's comparison")
-    sub.add_argument("--run", metavar="DIR", type=Path, help="a run whose report the page shows, while it trains too")
+    sub.add_argument(
+        "--run", metavar="DIR", type=Path, help="a run or a comparison whose report the page shows, while it trains too"
+    )
     sub.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
     )

@@ -92,8 +92,7 @@ def summarize_comparison(
     comparison: Comparison, folder: Path, evaluations: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """``report.json``: each arm's model and metrics, paired differences from the reference arm, recipe, versions, data."""
-    names = comparison.names
-    reference = str(comparison.values.get("reference") or (REFERENCE if REFERENCE in names else names[-1]))
+    names, reference = comparison.names, reference_of(comparison)
     parts = {name: [evaluations[arm.key]["parts"] for arm in comparison.of(name)] for name in names}
     start = folder / START / EVALUATION_NAME
     first = next(iter(evaluations.values()))
@@ -114,6 +113,12 @@ def summarize_comparison(
         "versions": first["versions"],
         "command": f"ett ablate {RECIPE_NAME} --out {folder.name}",
     }
+
+
+def reference_of(comparison: Comparison) -> str:
+    """The arm that the others are compared with."""
+    names = comparison.names
+    return str(comparison.values.get("reference") or (REFERENCE if REFERENCE in names else names[-1]))
 
 
 def _arm_summary(arms: Sequence[Arm], folder: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

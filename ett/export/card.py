@@ -32,26 +32,37 @@ TAGS = ["ett", "vision-tokenizer", "vector-quantization", "image-text-to-text"]
 
 
 def model_card(
-    source: Path,
+    source: Path | None,
     model: EttForConditionalGeneration,
-    processor: EttProcessor,
+    processor: EttProcessor | None,
     license_name: str | None = None,
     metrics: Path | None = None,
+    *,
+    name: str = "",
+    tags: Sequence[str] = (),
 ) -> str:
     """Markdown with the hub's header.
 
     Args:
-        source: the model's folder; where it lies in a run's, recipe, data and validation losses are told.
+        source: the model's folder; where it lies in a run's, recipe, data and validation losses are told. None: not known.
+        processor: None where it is shared apart.
         license_name: identifier such as "apache-2.0"; None says that it is not stated.
         metrics: what ``ett evaluate --json`` wrote for this model.
+        name: where `source` has none. tags: beside `TAGS`.
 
     Raises:
         DataError: `metrics` is no such file.
     """
-    recipe, log, stages = _run_of(source)
-    # an arm's recipe is named after the arm, the run's folder after what it is for
-    name = source.name if recipe is None or _is_shipped(source) else source.resolve().parent.parent.name
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": TAGS}
+    recipe, log, stages = (None, [], 0) if source is None else _run_of(source)
+    shipped = source is not None and _is_shipped(source)
+    if source is not None:
+        # an arm's recipe is named after the arm, the run's folder after what it is for
+        name = source.name if recipe is None or shipped else source.resolve().parent.parent.name
+    header: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": list(dict.fromkeys([*TAGS, *tags])),
+    }
     if license_name is not None:
         header["license"] = license_name
     parts = [
@@ -63,7 +74,7 @@ def model_card(
         "## Architecture\n\n" + _table(("part", "what"), _architecture(model, processor)),
     ]
     if recipe is not None:
-        starts = [_SHIPPED] if _is_shipped(source) else _starts(recipe)
+        starts = [_SHIPPED] if shipped else _starts(recipe)
         parts += ["## Training", _table(_STAGE_COLUMNS, _stage_rows(recipe, stages)), *starts]
         used = [each for stage in recipe.stages[:stages] for each in (stage.data or recipe.data)]
         parts += ["### Data", _list(_described(used))]
@@ -102,8 +113,8 @@ _LIMITS = (
     "Answers are a language model's: fluent, and wrong where the pictures are unlike the training data.",
 )
 _UNKNOWN = (
-    "Not known: the model did not lie in the folder of the run that made it, so recipe and data are not told here. Who shares "
-    "it should say what it learned from."
+    "Not known: these weights did not lie in the folder of the run that made them, so recipe and data are not told here. Who "
+    "shares them should say what they learned from."
 )
 _SHIPPED = (
     "It is shipped with ett-tuning, as is this recipe. The weights that the recipe starts from are the result of another "
@@ -117,15 +128,10 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _STAGE_COLUMNS = ("stage", "trained", "steps", "batch", "learning rate")
 
 
-def _architecture(model: EttForConditionalGeneration, processor: EttProcessor) -> list[tuple[str, str]]:
+def _architecture(model: EttForConditionalGeneration, processor: EttProcessor | None) -> list[tuple[str, str]]:
     tokenizer, text = model.vision_tokenizer, model.config.text_config.get_text_config()
-    images = processor.image_processor
-    height, width = images.height // tokenizer.downsample, images.width // tokenizer.downsample
     return [
-        (
-            "pictures",
-            f"{images.height} x {images.width} pixels, {height * width} tokens, {processor.num_image_positions} positions",
-        ),
+        *([] if processor is None else [("pictures", _picture_size(processor, tokenizer.downsample))]),
         (
             "vision tokenizer",
             f"{tokenizer.tokenizer_type}, K = {tokenizer.codebook_size:,}, D = {tokenizer.codebook_dim}, "
@@ -138,6 +144,12 @@ def _architecture(model: EttForConditionalGeneration, processor: EttProcessor) -
             f"{_millions(model.language_model.parameters())} parameters",
         ),
     ]
+
+
+def _picture_size(processor: EttProcessor, downsample: int) -> str:
+    images = processor.image_processor
+    tokens = (images.height // downsample) * (images.width // downsample)
+    return f"{images.height} x {images.width} pixels, {tokens} tokens, {processor.num_image_positions} positions"
 
 
 def _stage_rows(recipe: Recipe, stages: int) -> list[tuple[str, ...]]:

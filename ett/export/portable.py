@@ -28,7 +28,7 @@ from ett.model.loading import load_model
 from ett.model.lora import merge_lora
 from ett.tokenizers import VisionTokenizer
 
-MODELING, PROCESSING = "modeling_ett.py", "processing_ett.py"
+MODELING, PROCESSING, CARD = "modeling_ett.py", "processing_ett.py", "README.md"
 AUTO_MAPS = {
     "config.json": {
         "AutoConfig": "modeling_ett.EttConfig",
@@ -147,9 +147,7 @@ def export_model(
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ModelError(f"{destination} is not empty. Give a new folder for the export.")
     model, processor = load_model(source)
-    if model.config.lora is not None:
-        merge_lora(model.language_model)
-        model.config.lora = None
+    merged(model)
     destination.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
@@ -157,7 +155,7 @@ def export_model(
         processor.save_pretrained(work)
         add_code(work, model)
         card = model_card(source, model, processor, license_name, metrics)
-        (work / "README.md").write_text(card, encoding="utf-8")
+        (work / CARD).write_text(card, encoding="utf-8")
         work.chmod(0o777 & ~_umask())
         if destination.exists():
             destination.rmdir()
@@ -167,12 +165,23 @@ def export_model(
     return destination
 
 
-def add_code(folder: Path, model: EttForConditionalGeneration) -> None:
-    """Put the two files beside a saved model and its processor, and point the configurations at them."""
-    (folder / MODELING).write_text(modeling_source(model.vision_tokenizer), encoding="utf-8")
+def merged(model: EttForConditionalGeneration) -> EttForConditionalGeneration:
+    """`model` itself, its adapters, where it has any, in the language model's weights."""
+    if model.config.lora is not None:
+        merge_lora(model.language_model)
+        model.config.lora = None
+    return model
+
+
+def add_code(folder: Path, model: EttForConditionalGeneration | None = None) -> None:
+    """Put the files beside a saved model, a processor or both, and point the configurations that are there at them."""
+    if model is not None:
+        (folder / MODELING).write_text(modeling_source(model.vision_tokenizer), encoding="utf-8")
     (folder / PROCESSING).write_text(processing_source(), encoding="utf-8")
     for name, auto_map in AUTO_MAPS.items():
         path = folder / name
+        if not path.is_file():
+            continue
         values = json.loads(path.read_text(encoding="utf-8"))
         values["auto_map"] = auto_map
         if isinstance(values.get("image_processor"), dict):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -23,6 +25,7 @@ from ett.losses.joint import LossConfig, tokenizer_loss, tokenizer_losses
 from ett.model.configuration import EttConfig
 from ett.model.drawing import Drawing
 from ett.model.head import has_linear_head
+from ett.model.hub import share_model, split_options
 from ett.model.image_head import ImageHead
 from ett.model.lora import inject_lora
 from ett.model.projector import Projector
@@ -315,6 +318,30 @@ class EttForConditionalGeneration(Drawing, PreTrainedModel, GenerationMixin):
         if self._head_is_linear is None:
             self._head_is_linear = has_linear_head(self.language_model)
         return self._head_is_linear and not (draws and self.image_head is not None and self.image_head.shares_softmax)
+
+    # -- sharing -------------------------------------------------------------------------------------------------------
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:  # type: ignore[override]  # theirs is wrapped
+        """Upload the model with processor, inference code and model card, to load where this package is not installed.
+
+        Options are transformers' (``private``, ``token``, ``commit_message`` ...) and those of `ett.export.hub.share_model`:
+        ``license_name``, ``metrics`` and ``processor``.
+        """
+        return share_model(self, repo_id, **options)
+
+    def save_pretrained(  # type: ignore[override]  # the rest goes through kwargs
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; with `push_to_hub` what is then uploaded is that of `push_to_hub`."""
+        repo_id, sharing, saving = split_options(save_directory, kwargs) if push_to_hub else ("", {}, kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **saving)
+        if push_to_hub and is_main_process:
+            share_model(self, repo_id, saved=save_directory, **sharing)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from huggingface_hub import CommitInfo
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -18,6 +20,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ett.errors import DataError, ModelError, unknown
 from ett.images import FIT_MODES, Box, FitMode, fit, load_image, to_array
 from ett.losses.caption import supervised_positions
+from ett.model.hub import share_processor, split_options
 from ett.model.packing import packed_rows
 from ett.model.text import CHAT_TEMPLATES, IMAGE_TOKEN, add_image_token
 from ett.types import DRAWN_INDEX, IGNORE_INDEX, Batch, Example, Message
@@ -386,6 +389,22 @@ class EttProcessor(ProcessorMixin):
             begun = self.tokenizer(self._flatten(turns[-1], "conversation"), add_special_tokens=False).input_ids
             ids, labels = ids + begun, labels + begun
         return Encoded(ids, labels, pixels, "")
+
+    # -- sharing -------------------------------------------------------------------------------------------------------
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Upload the processor with its code, to load where this package is not installed; options are transformers'."""
+        return share_processor(self, repo_id, **options)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """As in transformers; with `push_to_hub` what is then uploaded is that of `push_to_hub`."""
+        repo_id, sharing, saving = split_options(save_directory, kwargs) if push_to_hub else ("", {}, kwargs)
+        files: list[str] = super().save_pretrained(save_directory, **saving)
+        if push_to_hub:
+            share_processor(self, repo_id, **sharing)
+        return files
 
     @property
     def model_input_names(self) -> list[str]:

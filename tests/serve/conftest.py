@@ -1,19 +1,26 @@
-"""A live server around a toy model, in a thread of the tests' process."""
+"""A live server around a toy model, in a thread of the tests' process or as `ett serve` starts it."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
 import uvicorn
+import yaml
 
 from ett.config import from_mapping
 from ett.model.build import ModelSpec, build_model, build_vision_tokenizer
@@ -46,6 +53,28 @@ def served_at(served: Served, limits: Limits | None = None, **options: Any) -> I
         assert not thread.is_alive()
 
 
+@contextmanager
+def command(*words: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`ett serve` with a free port: (process, address)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ett.cli", "serve", *map(str, words), "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://[\w.:\[\]]+", line)
+        assert found, line
+        yield process, found.group()
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
 @pytest.fixture(scope="session")
 def toy() -> Toy:
     return build_toy()
@@ -58,21 +87,26 @@ def served(toy: Toy) -> Served:
     return Served("toy", model, model.vision_tokenizer, processor, build_toy(1)[0].vision_tokenizer)
 
 
-@pytest.fixture(scope="session")
-def drawing() -> Served:
-    """A toy that draws."""
+def build_drawing(positions: int) -> Toy:
+    """A toy that draws, whose language model reads so many tokens."""
     spec = from_mapping(
         ModelSpec,
         {
             "image_size": 32,
             "vision_tokenizer": dict(TOKENIZER),
-            "language_model": {"config": {**LANGUAGE_MODELS["llama"], "max_position_embeddings": 128}},
+            "language_model": {"config": {**LANGUAGE_MODELS["llama"], "max_position_embeddings": positions}},
             "image_head": {"kind": "tied"},
         },
     )
     torch.manual_seed(0)
     model, processor = build_model(spec, build_vision_tokenizer(spec))
-    return Served("drawing", model.eval(), model.vision_tokenizer, processor)
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="session")
+def drawing() -> Served:
+    model, processor = build_drawing(128)
+    return Served("drawing", model, model.vision_tokenizer, processor)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +119,43 @@ def live(served: Served) -> Iterator[str]:
 def client(live: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{live}/v1", api_key="none", max_retries=0) as made:
         yield made
+
+
+class Comparing:
+    """A comparison's folder, two arms with two seeds of 12 steps, whose arms' logs grow as a test says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        arms = {"frozen": {"stages.0.trains": ["projector", "language_model"]}, "tuned": {}}
+        recipe = {
+            "name": "two arms",
+            "arms": arms,
+            "seeds": [0, 1],
+            "reference": "tuned",
+            "model": {"init": "reader_64px", "image_size": 64},
+            "data": [{"source": "names"}],
+            "stages": [{"stage": "semantic", "steps": 12, "batch_size": 2}],
+        }
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        (folder / "comparison.json").write_text("{}", encoding="utf-8")
+
+    def train(self, key: str, steps: int) -> None:
+        """The log of an arm after so many steps."""
+        name, _, seed = key.partition(":")
+        run = self.folder / name / f"seed-{seed}"
+        run.mkdir(parents=True, exist_ok=True)
+        events = [
+            {"event": event, "stage": "semantic", "step": step, "losses": {"caption_loss": 9.0 / step + len(name)}}
+            for step in range(1, steps + 1)
+            for event in ("step", "validation")
+        ]
+        (run / "log.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in events), encoding="utf-8")
+
+
+@pytest.fixture
+def comparing(tmp_path: Path) -> Comparing:
+    return Comparing(tmp_path / "comparing")
 
 
 def data_url(seed: int = 0, width: int = 40, height: int = 30) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import PIL.Image
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -62,6 +63,23 @@ def test_an_engine_says_the_same(toy: Toy, tmp_path: Path, monkeypatch: pytest.M
     )
     said = toy[1].tokenizer.decode(ids[0], skip_special_tokens=True).strip()
     assert said == answer(*toy, ROOT / "docs" / "figures" / "example.png", "What is this?", max_new_tokens=20)
+
+
+def test_every_tab_has_its_pictures() -> None:
+    """At both widths, in the documents and by the tool that takes them."""
+    page = (ROOT / "ett" / "serve" / "page" / "index.html").read_text(encoding="utf-8")
+    tool = (ROOT / "tools" / "screenshots.py").read_text(encoding="utf-8")
+    tabs = re.findall(r'role="tab" id="tab-(\w+)"', page)
+    assert len(tabs) >= 4
+    for tab in tabs:
+        assert re.search(rf'^        "{tab}": \(', tool, flags=re.MULTILINE), (
+            f"tools/screenshots.py does not take {tab}"
+        )
+        for width in (1200, 390):
+            name = f"figures/serve-{tab}-{width}.png"
+            assert name in TEXT, f"docs/serving.md does not show {name}"
+            with PIL.Image.open(ROOT / "docs" / name) as shown:
+                assert shown.width == width
 
 
 def test_options_and_links_exist() -> None:

@@ -16,7 +16,7 @@ from ett.serve.limits import Limits
 from ett.serve.run_report import RunReport
 from ett.serve.served import Served
 from tests.evaluate.conftest import picture
-from tests.serve.conftest import served_at
+from tests.serve.conftest import Comparing, served_at
 from tests.serve.test_api import KEY
 
 if TYPE_CHECKING:
@@ -190,6 +190,21 @@ def test_run(served: Served, page: Page, toy_run: Path, tmp_path: Path) -> None:
         )
         assert page.locator("#report details[open]").count() == 1, "what was unfolded stays so"
         looks_right(page, "run")
+
+
+def test_the_arms_of_a_comparison(served: Served, page: Page, comparing: Comparing) -> None:
+    """Live: lines of an arm that begins come to the chart of the others."""
+    comparing.train("frozen:0", 6)
+    with served_at(served, run=RunReport(comparing.folder)) as url:
+        page.goto(f"{url}#run")
+        page.wait_for_selector("#report svg")
+        assert "tuned" not in (page.locator("#report svg[role=img]").first.inner_html() or "")
+        comparing.train("tuned:0", 4)
+        page.wait_for_function("() => document.getElementById('report').shadowRoot.textContent.includes('4 of 12')")
+        drawn = page.locator("#report figure").first.text_content() or ""
+        assert "frozen" in drawn
+        assert "tuned" in drawn
+        looks_right(page, "comparison")
 
 
 def test_the_key_is_asked_for_once(served: Served, page: Page, upload: Path) -> None:

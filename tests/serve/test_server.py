@@ -10,9 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from ett.serve.server import address, bind, host_names, is_loopback, read_keys
 from ett.tokenizers import VisionTokenizer
 from tests.conftest import TOKENIZER
 from tests.evaluate.conftest import Toy
-from tests.serve.conftest import question, served_at
+from tests.serve.conftest import Comparing, command, question, served_at
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +35,6 @@ def saved(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in toy:
         part.save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def command(*words: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`ett serve` with a free port: (process, address)."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ett.cli", "serve", *map(str, words), "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r"http://[\w.:\[\]]+", line)
-        assert found, line
-        yield process, found.group()
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
 
 
 def test_a_stop_loses_no_request_in_flight(saved: Path) -> None:
@@ -180,12 +156,44 @@ def test_a_report_of_a_comparison(tmp_path: Path) -> None:
     proof = Path(__file__).parents[2] / "docs" / "results" / "demo-proof" / "report.html"
     (tmp_path / "comparison.json").write_text("{}", encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="has no report yet"):
+    with pytest.raises(UserError, match="must hold a mapping"):
         RunReport(tmp_path)
     (tmp_path / "report.html").write_bytes(proof.read_bytes())
     started = time.monotonic()
     assert RunReport(tmp_path).current()[1] == proof.read_text(encoding="utf-8")
     assert time.monotonic() - started < 10
+
+
+def test_the_arms_of_a_comparison_while_they_train(served: Any, comparing: Comparing) -> None:
+    """All curves in one chart, as far as each arm is, until the report is there."""
+    folder = comparing.folder
+    with served_at(served, run=RunReport(folder)) as url:
+        first = httpx.get(f"{url}/run/report")
+        assert first.text.count("waits: 0 of 12") == 4
+        assert "No arm has logged a step yet" in first.text
+        comparing.train("frozen:0", 3)
+        comparing.train("tuned:0", 5)
+        later = httpx.get(f"{url}/run/report", headers={"If-None-Match": first.headers["etag"]})
+        assert later.status_code == 200
+        assert later.text.count("waits: 0 of 12") == 2
+        assert "3 of 12" in later.text
+        assert "5 of 12" in later.text
+        charts = re.findall(r"<figure.*?</figure>", later.text, flags=re.DOTALL)
+        assert any("frozen" in each and "tuned" in each for each in charts), "one chart for both"
+        known = {"If-None-Match": later.headers["etag"]}
+        assert httpx.get(f"{url}/run/report", headers=known).status_code == 304
+        assert "<summary>Seed 0</summary>" not in later.text
+        comparing.train("tuned:1", 12)
+        (folder / "tuned" / "seed-1" / "evaluation.json").write_text("{}", encoding="utf-8")
+        second = httpx.get(f"{url}/run/report", headers=known).text
+        assert "12, measured" in second
+        assert "<summary>Seed 0</summary>" in second, "the seed before is folded away"
+        # the report is written last, and shown until an arm goes on
+        (folder / "report.html").write_text("<main>the report</main>", encoding="utf-8")
+        assert httpx.get(f"{url}/run/report").text == "<main>the report</main>"
+        comparing.train("frozen:0", 4)
+        os.utime(folder / "frozen" / "seed-0" / "log.jsonl", (time.time() + 10,) * 2)
+        assert "4 of 12" in httpx.get(f"{url}/run/report").text
 
 
 @pytest.mark.slow
