@@ -67,6 +67,7 @@ DESCRIPTIONS: dict[str, tuple[str, str, str]] = {
     "psnr": ("PSNR", "dB", HIGHER),
     "ssim": ("SSIM", "", HIGHER),
     "l1": ("Mean absolute difference", "of 2", LOWER),
+    "lpips_vgg": ("LPIPS (VGG)", "", LOWER),
     "lite0_distance": ("EfficientNet-Lite0 distance", "", LOWER),
     "lite0_frechet_distance": ("EfficientNet-Lite0 Fréchet distance", "", LOWER),
     "ocr_character_error_rate": ("Reading errors after reconstruction", "OCR, edits per character", LOWER),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ett.errors import DataError
 from ett.evaluate.base import Metric, Selection, Subject, spread
@@ -20,7 +20,14 @@ from ett.evaluate.frechet import FEATURES, Moments, frechet_distance, pooled_fea
 from ett.evaluate.metrics import character_errors, codebook_usage, index_perplexity
 from ett.evaluate.reading import Reader, known_text
 from ett.evaluate.run import describe, evaluating
-from ett.evaluate.tasks.reconstruction import Reconstructed, measured, perceptual_distance, reconstructed, summary
+from ett.evaluate.tasks.reconstruction import (
+    Reconstructed,
+    distances,
+    measured,
+    perceptual_distance,
+    reconstructed,
+    summary,
+)
 from ett.generate.fidelity import inside
 from ett.generate.reconstruct import Reconstruction, reconstruct
 from ett.images import from_array
@@ -34,7 +41,7 @@ SHEET_PICTURES = 8
 """Of each source, on the contact sheet."""
 CURVE_POINTS = 101
 
-FRECHET = "lite0_frechet_distance"
+FRECHET, LPIPS = "lite0_frechet_distance", "lpips_vgg"
 READ, READ_BEFORE = "ocr_character_error_rate", "ocr_character_error_rate_of_originals"
 
 
@@ -83,15 +90,18 @@ def measure_tokenizer(
     *,
     batch_size: int = 16,
     reader: Reader | None = None,
+    lpips: nn.Module | None = None,
 ) -> Measured:
     """Everything about one tokenizer: `ReconstructionTask`'s metrics, and of each source and all together
 
+        lpips_vgg: LPIPS with VGG, of a picture and its reconstruction, where `lpips` is given;
         lite0_frechet_distance: of originals and reconstructions, where the network is installed and there are two pictures;
         ocr_character_error_rate, ocr_character_error_rate_of_originals: of up to `READ_LIMIT` pictures whose text is known.
 
     Args:
         processor: fits the pictures.
         reader: the OCR judge; None does without.
+        lpips: (pictures, reconstructions) -> float[n]; None does without.
 
     Raises:
         DataError: an example that cannot be read, or no picture in any source.
@@ -101,11 +111,12 @@ def measure_tokenizer(
     counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
     before, after = Moments(FEATURES), Moments(FEATURES)
     sheet: dict[str, Sequence[tuple[str, Reconstruction]]] = {}
+    more = {} if lpips is None else {LPIPS: distances(lpips)}
     with evaluating(tokenizer), torch.inference_mode():
         for data in selections:
             watch = _Watch(subject, reader, stride=math.ceil(len(data) / READ_LIMIT))
             shown = watch.through(reconstructed(subject, data, data.name))
-            result = summary(subject, (measured(subject, part) for part in shown))
+            result = summary(subject, (measured(subject, part, more) for part in shown))
             if result.index_counts is None:
                 continue
             counts += result.index_counts

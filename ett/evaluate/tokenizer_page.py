@@ -16,6 +16,7 @@ from ett.evaluate.verdict import INTERVAL, decimals, figure, fixed, interval_of,
 MEASURES = (
     "psnr",
     "ssim",
+    "lpips_vgg",
     "lite0_distance",
     "lite0_frechet_distance",
     "ocr_character_error_rate",
@@ -39,6 +40,7 @@ compares all originals with all reconstructions: mean and covariance of the netw
 ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁^½ Σ₂ Σ₁^½)^½. Neither compares with figures made with other networks. Reading errors are
 those of an OCR judge (RapidOCR with PP-OCRv4, pictures enlarged to 256 pixels, case ignored) on pictures whose text is known;
 its errors on the originals stand beside them.</p>"""
+_LPIPS = "<p>LPIPS is that of the package lpips with VGG-16, version 0.1.</p>"
 
 
 def render_tokenizers(summary: Summary, sheet: Mapping[str, Sequence[SheetRow]]) -> str:
@@ -55,6 +57,7 @@ def render_tokenizers(summary: Summary, sheet: Mapping[str, Sequence[SheetRow]])
     pictures = "".join(
         f"<h3>{safe(source)}</h3>{''.join(compared(*row) for row in rows)}" for source, rows in sheet.items()
     )
+    lpips = _LPIPS if any("lpips_vgg" in about["metrics"] for about in summary["tokenizers"].values()) else ""
     versions = table(["Package", "Version"], [[safe(k), safe(v)] for k, v in summary["versions"].items()])
     sections = [
         ("What was measured", _introduction(summary)),
@@ -62,7 +65,7 @@ def render_tokenizers(summary: Summary, sheet: Mapping[str, Sequence[SheetRow]])
         ("Figures", results + _differences(summary)),
         ("Codebooks", _codebooks(summary)),
         ("The same pictures through every tokenizer", pictures),
-        ("How the figures are made", _WHAT + folded("Versions", versions)),
+        ("How the figures are made", _WHAT + lpips + folded("Versions", versions)),
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     return page("Tokenizers", body, "vision tokenizers side by side on the same pictures")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ett.data.manifest import Manifest
 from ett.data.sources import Source
-from ett.errors import UserError
+from ett.errors import ModelError, UserError
 from ett.evaluate import reading
 from ett.evaluate.base import Selection
 from ett.evaluate.comparison import compare
@@ -19,6 +19,7 @@ from ett.evaluate.run import load_for_evaluation, versions
 from ett.evaluate.run_folder import write_whole
 from ett.evaluate.tokenizer_measures import FRECHET, READ, Measured, measure_tokenizer
 from ett.evaluate.tokenizer_page import SheetRow, render_tokenizers
+from ett.losses.lpips_vgg import PACKAGES, LpipsVGG, lpips_is_installed
 from ett.losses.perceptual import DISTRIBUTION, INSTALL, lite0_is_installed
 
 REPORT_NAME, SUMMARY_NAME, KIND = "report.html", "report.json", "tokenizer-report"
@@ -54,12 +55,15 @@ def write_tokenizer_report(
     check_out(folder, overwrite)
     missing = reading.why_missing()
     reader = None if missing else reading.Reader()
+    lpips, without_lpips = _lpips()
     selections = [_selection(name, source, limit) for name, source in sources]
     found: dict[str, Measured] = {}
     for name, path in tokenizers.items():
         _, tokenizer, processor = load_for_evaluation(path)
-        found[name] = measure_tokenizer(tokenizer, processor, selections, batch_size=batch_size, reader=reader)
-    summary = summarize(found, selections, missing)
+        found[name] = measure_tokenizer(
+            tokenizer, processor, selections, batch_size=batch_size, reader=reader, lpips=lpips
+        )
+    summary = summarize(found, selections, missing, without_lpips)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
@@ -70,17 +74,29 @@ def write_tokenizer_report(
     return folder / REPORT_NAME, summary["notes"]
 
 
+def _lpips() -> tuple[LpipsVGG | None, str]:
+    """(LPIPS where its packages are installed, why it is not measured although they are)."""
+    if not lpips_is_installed():
+        return None, ""
+    try:
+        return LpipsVGG(), ""
+    except ModelError as error:
+        return None, f"LPIPS is not measured: {error}"
+
+
 def _selection(name: str, source: Source, limit: int | None) -> Selection:
     return Selection(name, source, DEFAULT_LIMIT if limit is None and not isinstance(source, Manifest) else limit)
 
 
-def summarize(found: Mapping[str, Measured], selections: Sequence[Selection], missing: str = "") -> dict[str, Any]:
+def summarize(
+    found: Mapping[str, Measured], selections: Sequence[Selection], missing: str = "", without_lpips: str = ""
+) -> dict[str, Any]:
     """``report.json``: sources, each tokenizer's figures, paired differences from the first one, and notes.
 
     "differences" are there for tokenizers that see pictures as the first one does: others are not measured on the same.
 
     Args:
-        missing: why no text was read; "" where it could be.
+        missing: why no text was read; "" where it could be. without_lpips: why there is no LPIPS although it is installed.
     """
     first = next(iter(found))
     alike = {name: each for name, each in found.items() if each.canvas == found[first].canvas}
@@ -98,8 +114,8 @@ def summarize(found: Mapping[str, Measured], selections: Sequence[Selection], mi
             pair.removesuffix(f" - {first}"): {metric: each.to_json() for metric, each in metrics.items()}
             for pair, metrics in compare(parts, first).items()
         },
-        "notes": _notes(found, missing),
-        "versions": versions(reading.DISTRIBUTION),
+        "notes": [*_notes(found, missing), *([without_lpips] if without_lpips else [])],
+        "versions": versions(reading.DISTRIBUTION, *PACKAGES),
     }
 
 

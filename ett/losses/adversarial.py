@@ -34,8 +34,11 @@ class DiscriminatorConfig:
         learning_rate: of its Adam; null takes the vision tokenizer's peak. It follows the stage's schedule.
         betas: of its Adam.
         generator: what the tokenizer hears: "non_saturating", mean softplus(-logit), or "hinge", -mean logit.
-        generator_start: step (0-based) from which the tokenizer hears it. Until then the discriminator learns alone, which a
-            tokenizer needs that comes without one.
+        inherit: go on with the discriminator that came with the tokenizer (an earlier stage's, or one that an imported
+            checkpoint ships), with its Adam and LeCam averages where they came too. It must have these `channels` and
+            `strided_layers`. False, or where none came, starts a fresh one.
+        generator_start: step (0-based) from which the tokenizer hears a fresh one. Until then the discriminator learns alone,
+            which a tokenizer needs that comes without one. An inherited one is heard from the first step.
         lecam_weight: of the LeCam term, >= 0; 0 leaves it out.
         lecam_decay: of its averages of the logits, in [0, 1).
     """
@@ -45,6 +48,7 @@ class DiscriminatorConfig:
     learning_rate: float | None = None
     betas: tuple[float, float] = (0.5, 0.9)
     generator: Literal["non_saturating", "hinge"] = "non_saturating"
+    inherit: bool = True
     generator_start: int = 0
     lecam_weight: float = 0.001
     lecam_decay: float = 0.999

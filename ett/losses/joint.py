@@ -29,7 +29,7 @@ class LossConfig:
         reconstruction_weight, quantization_weight: of L_rec and L_quant in L_vq, >= 0 (1).
         entropy_weight: lambda_E of L_entropy in L_vq, >= 0 (0.05).
         perceptual: network of the perceptual distance: "lite0" (EfficientNet-Lite0, package in the extra `perceptual`),
-            "lpips_vgg" (LPIPS, needs the packages lpips and torchvision) or null for none.
+            "lpips_vgg" (LPIPS, packages in the extra `lpips`) or null for none.
         perceptual_weight: of that distance in L_vq, >= 0 (1).
         adversarial_weight: lambda_G of the discriminator's judgement in L_vq, >= 0 (the paper: 0.1; 0 plays no game).
         reconstruction_share: share of each batch's pictures, in (0, 1], that are decoded for L_rec while a language model

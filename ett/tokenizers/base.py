@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ett.config import from_mapping, to_mapping
 from ett.errors import ModelError, RecipeError, unknown
-from ett.tokenizers.quantizer import Quantizer
+from ett.tokenizers.quantizer import SCALES, Quantizer
 from ett.types import Quantized
 
 CONFIG_NAME = "config.json"
@@ -151,6 +151,9 @@ class VisionTokenizer(nn.Module, ABC):
     def reconfigured(self, changes: Mapping[str, Any], where: str = "vision_tokenizer") -> VisionTokenizer:
         """The same weights, not copied, under other settings: a temperature, say, or where gradients go.
 
+        Codes found by distance can also be compared by dot product, and any be normalised: the unit of distance is then left
+        out, a learned scale begins. Indices change by that, and have to be trained on.
+
         Args:
             changes: fields of the configuration. where: the recipe's name of them, for errors.
 
@@ -159,8 +162,14 @@ class VisionTokenizer(nn.Module, ABC):
         """
         with torch.random.fork_rng(devices=[]), next(self.parameters()).device:
             changed = VisionTokenizer.from_config({**self.config_mapping(), **changes}, where)
+        own, given = changed.state_dict(keep_vars=True), self.state_dict(keep_vars=True)
+        for name in (f"quantize.{scale}" for scale in SCALES):
+            if name not in own:
+                given.pop(name, None)
+        # a unit of distance cannot begin: it is measured on pictures
+        begun = {name: own[name] for name in ("quantize.log_scale",) if name in own and name not in given}
         try:
-            changed.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+            changed.load_state_dict({**given, **begun}, assign=True)
         except RuntimeError as error:
             names = ", ".join(f"{where}.{name}" for name in changes)
             raise RecipeError(

@@ -18,7 +18,7 @@ class IBQConfig(CNNConfig):
 
     Attributes:
         codebook_size: K. codebook_dim: D.
-        temperature, normalize, entropy_temperature, similarity, gradient: of `IndexBackpropagationQuantizer`.
+        temperature, normalize, radius, entropy_temperature, similarity, gradient: of `IndexBackpropagationQuantizer`.
         precision: type that encoder and decoder compute in, in training and evaluation alike; the quantizer is float32.
     """
 
@@ -26,6 +26,7 @@ class IBQConfig(CNNConfig):
     codebook_dim: int = 256
     temperature: float = 1.0
     normalize: bool = False
+    radius: float = 1.0
     entropy_temperature: float = 0.01
     similarity: Similarity = "dot"
     gradient: Gradient = "index_backprop"
@@ -36,6 +37,7 @@ class IBQConfig(CNNConfig):
         require(self.codebook_size >= 2, "codebook_size", self.codebook_size, "at least 2")
         require(self.codebook_dim >= 1, "codebook_dim", self.codebook_dim, "at least 1")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(self.radius > 0, "radius", self.radius, "above 0")
         require(self.entropy_temperature > 0, "entropy_temperature", self.entropy_temperature, "above 0")
 
 
@@ -55,6 +57,7 @@ class IBQTokenizer(CNNTokenizer):
             config.codebook_dim,
             temperature=config.temperature,
             normalize=config.normalize,
+            radius=config.radius,
             entropy_temperature=config.entropy_temperature,
             similarity=config.similarity,
             gradient=config.gradient,

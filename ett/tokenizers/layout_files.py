@@ -32,6 +32,7 @@ OWN_FILES = frozenset(
         "model.ckpt",
         "tokenizer.ckpt",
         "tokenizer.yaml",
+        "discriminator.safetensors",
         "diffusion_pytorch_model.safetensors",
     }
 )

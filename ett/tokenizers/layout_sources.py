@@ -6,12 +6,15 @@ What a checkpoint is, its content decides, not its file name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ett.errors import ModelError
 from ett.tokenizers.layout_architecture import Stated, reference_body, state_diffusers, state_reference
+from ett.tokenizers.layout_discriminator import PREFIX, shape_of
 from ett.tokenizers.layout_files import read_mapping, read_weights
 from ett.tokenizers.layout_names import from_diffusers, some
 
@@ -48,6 +51,7 @@ class Source:
         weights: "EMA" or "raw", and why.
         stated: what the configuration says.
         left_out, notes: for the report.
+        discriminator: the one that the tokenizer was trained against (``main.*``); empty where the file has none.
     """
 
     layout: str
@@ -58,6 +62,7 @@ class Source:
     stated: Stated
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
+    discriminator: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_source(source: Path, config: Path | None, *, raw: bool) -> Source:
@@ -87,9 +92,9 @@ def read_source(source: Path, config: Path | None, *, raw: bool) -> Source:
     )
     if layout == SEED_VOKEN:
         chosen, kind, dropped = _lightning_tensors(tensors, raw, str(weights))
-        return Source(
-            layout, weights, path, chosen, kind, stated, (*dropped, *left_out), _average_notes(tensors, kind, raw)
-        )
+        notes = _average_notes(tensors, kind, raw)
+        other = discriminator_of(tensors)
+        return Source(layout, weights, path, chosen, kind, stated, (*dropped, *left_out), notes, other)
     if layout == DIFFUSERS:
         tensors = from_diffusers(tensors, str(weights))
     return Source(layout, weights, path, tensors, "raw (the layout has no EMA)", stated, left_out)
@@ -159,8 +164,16 @@ def _lightning_tensors(
     own = {name: t for name, t in state.items() if not name.startswith((_LOSS, _EMA))}
     averages = {name[len(_EMA) :]: t for name, t in state.items() if name.startswith(_EMA)}
     bookkeeping = [name for name in _EMA_STATE if averages.pop(name, None) is not None]
+    strange = "it is no patch discriminator as this package trains, or holds numbers that are not finite"
+    known = bool(discriminator_of(state))
     out = [
-        LeftOut(f"{group}.*", count, "it trains the tokenizer and is no part of it")
+        LeftOut(
+            f"{group}.*",
+            count,
+            strange
+            if group == PREFIX.removesuffix(".") and not known
+            else "it trains the tokenizer and is no part of it",
+        )
         for group, count in _groups(state).items()
     ]
     if not averages:
@@ -175,6 +188,15 @@ def _lightning_tensors(
     if bookkeeping:
         out.append(LeftOut("model_ema." + ", ".join(bookkeeping), len(bookkeeping), "state of the averaging itself"))
     return chosen, "EMA", tuple(out)
+
+
+def discriminator_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The discriminator's tensors of a Lightning state_dict by their own names (``main.*``), in float32; empty where there is
+    none, or none of the kind that this package trains, with finite values."""
+    found = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+    if shape_of(found) is None or not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        return {}
+    return {name: t.float() if t.is_floating_point() else t.long() for name, t in found.items()}
 
 
 def _groups(state: Mapping[str, Any]) -> dict[str, int]:
@@ -195,16 +217,30 @@ def _averages_by_name(own: Mapping[str, Any], averages: Mapping[str, Any], where
     losses = [key for key in averages if key.startswith("loss") and key not in dotless]
     missing = [name for key, name in dotless.items() if key not in averages]
     strange = [key for key in averages if key not in dotless and not key.startswith("loss")]
-    if missing or strange:
+    reshaped = [
+        f"{name} is {_shape(averages[key])}, raw {_shape(own[name])}"
+        for key, name in dotless.items()
+        if key in averages and _shape(averages[key]) != _shape(own[name])
+    ]
+    if missing or strange or reshaped:
         problems = [
             f"{len(names)} {what} ({some(names)})"
-            for what, names in (("missing", missing), ("without a tensor they average", strange))
+            for what, names in (
+                ("missing", missing),
+                ("without a tensor they average", strange),
+                ("of another shape than the raw weights", reshaped),
+            )
             if names
         ]
         raise ModelError(
-            f"{where}: its EMA weights are not complete: {'; '.join(problems)}. --raw takes the raw weights."
+            f"{where}: its EMA weights are not complete or not those of this model: {'; '.join(problems)}. --raw takes the raw "
+            "weights."
         )
     return {name: averages[key] for key, name in dotless.items()}, len(losses)
+
+
+def _shape(tensor: Any) -> list[int] | str:
+    return list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
 
 
 def _average_notes(state: Mapping[str, Any], kind: str, raw: bool) -> tuple[str, ...]:

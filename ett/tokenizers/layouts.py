@@ -33,6 +33,7 @@ from ett.tokenizers.layout_architecture import (
     diffusers_config,
     infer_architecture,
 )
+from ett.tokenizers.layout_discriminator import DISCRIMINATOR_NAME, PREFIX, shape_of
 from ett.tokenizers.layout_files import as_float32, check_destination, publish
 from ett.tokenizers.layout_names import some, to_diffusers, translate
 from ett.tokenizers.layout_sources import (
@@ -42,6 +43,7 @@ from ett.tokenizers.layout_sources import (
     LAYOUTS,
     SEED_VOKEN,
     LeftOut,
+    Source,
     read_source,
 )
 
@@ -61,6 +63,7 @@ class LayoutReport:
         num_tensors, num_parameters: of the tokenizer; all of them were read or written.
         config: the tokenizer's architecture.
         downsample: pixels per token side.
+        discriminator: of an import, what became of the one that the source ships; "" where it ships none that can be used.
         left_out: what of the source was not taken over.
         notes: what was assumed, converted or cannot be expressed.
     """
@@ -73,6 +76,7 @@ class LayoutReport:
     num_parameters: int
     config: IBQConfig
     downsample: int
+    discriminator: str = ""
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -93,6 +97,7 @@ class LayoutReport:
                 f"attention at level {', '.join(levels) or 'none'} (0 is full resolution), z_channels {c.z_channels}, "
                 f"norm_groups {c.norm_groups}",
             ),
+            *([("discriminator", self.discriminator)] if self.discriminator else []),
             *(("left out", str(out)) for out in self.left_out),
             *(("note", note) for note in self.notes),
         ]
@@ -102,7 +107,7 @@ class LayoutReport:
 def read_tokenizer(
     source: str | Path, *, raw: bool = False, config: str | Path | None = None, norm_groups: int | None = None
 ) -> tuple[IBQTokenizer, LayoutReport]:
-    """The tokenizer of a foreign checkpoint, in float32 and evaluation mode, and what was read.
+    """The tokenizer of a foreign checkpoint, in float32 and evaluation mode, and what was read. No discriminator comes with it.
 
     Args:
         source: a file or folder of one of `LAYOUTS`; which one, its content decides.
@@ -114,7 +119,10 @@ def read_tokenizer(
         UserError: nothing there, no known layout, a damaged file, one that would have to run code, an unsupported
             configuration or one of other weights, tensors that are missing or too many.
     """
-    found = read_source(Path(source), None if config is None else Path(config), raw=raw)
+    return _interpreted(read_source(Path(source), None if config is None else Path(config), raw=raw), norm_groups)
+
+
+def _interpreted(found: Source, norm_groups: int | None) -> tuple[IBQTokenizer, LayoutReport]:
     where = str(found.weights_file)
     tensors, converted = as_float32(found.tensors, where)
     architecture = infer_architecture(tensors, where)
@@ -151,7 +159,8 @@ def import_tokenizer(
     norm_groups: int | None = None,
     overwrite: bool = False,
 ) -> LayoutReport:
-    """Write the tokenizer of a foreign checkpoint as `VisionTokenizer.save_pretrained` does.
+    """Write the tokenizer of a foreign checkpoint as `VisionTokenizer.save_pretrained` does, and beside it the discriminator,
+    if the checkpoint ships one: training goes on with it.
 
     Args:
         source, raw, config, norm_groups: of `read_tokenizer`.
@@ -163,8 +172,24 @@ def import_tokenizer(
     """
     destination = Path(destination)
     check_destination(destination, Path(source), folder=True, overwrite=overwrite)
-    tokenizer, report = read_tokenizer(source, raw=raw, config=config, norm_groups=norm_groups)
-    publish(destination, tokenizer.save_pretrained, folder=True)
+    found = read_source(Path(source), None if config is None else Path(config), raw=raw)
+    tokenizer, report = _interpreted(found, norm_groups)
+    if found.discriminator:
+        shape = shape_of(found.discriminator)
+        assert shape is not None
+        kept = f"kept as {DISCRIMINATOR_NAME}: channels {shape[0]}, strided_layers {shape[1]}; training goes on with it"
+        group = f"{PREFIX}*"
+        report = replace(
+            report, discriminator=kept, left_out=tuple(out for out in report.left_out if out.what != group)
+        )
+
+    def write(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+        if found.discriminator:
+            named = {f"discriminator.{name}": t.contiguous() for name, t in found.discriminator.items()}
+            save_file(named, folder / DISCRIMINATOR_NAME, metadata={"format": "pt"})
+
+    publish(destination, write, folder=True)
     return replace(report, destination=str(destination))
 
 

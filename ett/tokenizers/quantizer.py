@@ -19,6 +19,8 @@ from ett.types import Quantized
 
 BETA = 0.25
 """Weight of the codebook term ``mean((hard - sg(z))^2)`` in L_quant (IBQ)."""
+SCALES = ("distance_unit", "log_scale")
+"""Tensors that only set the scale of the logits: a quantizer of another similarity has others, or none."""
 REFERENCE_LOGIT_STD = 32**0.5
 """Spread of the index logits at the start for unit-variance features: neither saturated nor diffuse (docs/method.md)."""
 
@@ -95,6 +97,7 @@ class IndexBackpropagationQuantizer(Quantizer):
         codebook_dim: D >= 1.
         temperature: of the index softmax, > 0; above 1 it spreads the gradient over more codes. Indices do not depend on it.
         normalize: compare and return l2-normalised codes; the logits are then ``s * cos(z, e)`` with a learned scale s.
+        radius: length of normalised features and codes, > 0; for a decoder that learned on longer ones. No logit depends on it.
         entropy_temperature: T of the entropy term, > 0.
         similarity: what a logit is, ``"dot"``: z . e, as in the paper, or ``"distance"``: -|z - e|^2 / u, so that the index is
             always the nearest code's. The unit u is the mean squared distance to the nearest code when `place_codes` or
@@ -113,6 +116,7 @@ class IndexBackpropagationQuantizer(Quantizer):
         *,
         temperature: float = 1.0,
         normalize: bool = False,
+        radius: float = 1.0,
         entropy_temperature: float = 0.01,
         similarity: Similarity = "dot",
         gradient: Gradient = "index_backprop",
@@ -122,6 +126,7 @@ class IndexBackpropagationQuantizer(Quantizer):
         require(codebook_size >= 2, "codebook_size", codebook_size, "at least 2")
         require(codebook_dim >= 1, "codebook_dim", codebook_dim, "at least 1")
         require(temperature > 0, "temperature", temperature, "above 0")
+        require(radius > 0, "radius", radius, "above 0")
         require(entropy_temperature > 0, "entropy_temperature", entropy_temperature, "above 0")
         require(similarity in get_args(Similarity), "similarity", similarity, f"one of {get_args(Similarity)}")
         require(
@@ -135,6 +140,7 @@ class IndexBackpropagationQuantizer(Quantizer):
         self.codebook_dim = codebook_dim
         self.temperature = temperature
         self.normalize = normalize
+        self.radius = radius
         self.entropy_temperature = entropy_temperature
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         nn.init.normal_(self.embedding.weight, std=REFERENCE_LOGIT_STD / codebook_dim**0.5)
@@ -157,7 +163,7 @@ class IndexBackpropagationQuantizer(Quantizer):
                 f"The codebook is {weight.dtype}, it must stay float32: a narrower type changes indices. Under FSDP, give "
                 "the quantizer its own unit without param_dtype (ett.train.precision.shard_quantizer does)."
             )
-        return F.normalize(weight, dim=1) if self.normalize else weight
+        return self._on_sphere(weight) if self.normalize else weight
 
     def forward(self, features: Tensor, entropy: bool = True) -> Quantized:
         """Quantize features.
@@ -270,7 +276,7 @@ class IndexBackpropagationQuantizer(Quantizer):
             # a code that nothing chose starts again at a feature
             spare = rows[torch.randint(len(rows), (self.codebook_size,), generator=generator).to(rows.device)]
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], spare)
-            codes = F.normalize(codes, dim=1) if self.normalize else codes
+            codes = self._on_sphere(codes) if self.normalize else codes
         distance = _mean_distance(rows, codes)
         self.embedding.weight.copy_(codes)
         if self.distance_unit is not None:
@@ -285,14 +291,17 @@ class IndexBackpropagationQuantizer(Quantizer):
                 "equal codebook_dim."
             )
         rows = features.permute(0, 2, 3, 1).reshape(-1, self.codebook_dim).to(self.embedding.weight.dtype)
-        return F.normalize(rows, dim=1) if self.normalize else rows
+        return self._on_sphere(rows) if self.normalize else rows
+
+    def _on_sphere(self, rows: Tensor) -> Tensor:
+        return self.radius * F.normalize(rows, dim=1)
 
     def _query(self, z: Tensor) -> Tensor:
         """float[N, Q]: its dot product with `_keys` is the logit / temperature."""
         if self.distance_unit is not None:
             query = _distance_query(z) / (self.distance_unit * self.temperature)
         else:
-            scale: Any = 1.0 if self.log_scale is None else self.log_scale.exp()
+            scale: Any = 1.0 if self.log_scale is None else self.log_scale.exp() / self.radius**2
             query = z * (scale / self.temperature)
         return torch.cat([query, torch.zeros_like(z)], dim=1) if self.unit_embeddings else query
 

@@ -6,6 +6,7 @@ The same two serve stage 0 and the alpha * L_vq of the semantic stage.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ett.losses.adversarial import DiscriminatorConfig, LeCam, PatchDiscriminato
 from ett.losses.joint import LossConfig
 from ett.losses.perceptual import load_perceptual
 from ett.tokenizers import VisionTokenizer
+from ett.train.inheritance import Inheritance, save_discriminator
 from ett.train.objectives import Losses
 from ett.train.teacher import Teacher
 
@@ -29,9 +31,14 @@ class Critics:
         learning_rate: of the discriminator where its configuration names none.
         accelerator: its device, and how many processes there are.
         tokenizer: that trains, as its stage found it; for distillation alone.
+        inherited: the discriminator that came with the tokenizer; None starts a fresh one.
+
+    Attributes:
+        inherited: whether the discriminator came with the tokenizer, which then hears it from the first step.
 
     Raises:
         ModelError: the perceptual network's package is not installed.
+        RecipeError: the discriminator that came has another shape than `config` says.
     """
 
     def __init__(
@@ -41,8 +48,10 @@ class Critics:
         learning_rate: float,
         accelerator: Accelerator,
         tokenizer: VisionTokenizer | None = None,
+        inherited: Inheritance | None = None,
     ) -> None:
         self.losses, self.config, self.accelerator = losses, config, accelerator
+        self.inherited = False
         self.perceptual: nn.Module | None = None
         self.discriminator: PatchDiscriminator | None = None
         self.teacher: Teacher | None = None
@@ -59,6 +68,32 @@ class Critics:
             )
             self.lecam = LeCam(config.lecam_decay).to(accelerator.device)
             self._share_weights()
+            if inherited is not None and config.inherit:
+                self._take_over(inherited)
+
+    def _take_over(self, found: Inheritance) -> None:
+        assert self.discriminator is not None
+        found.check(self.config)
+        self.discriminator.load_state_dict(dict(found.discriminator))
+        if found.lecam:
+            self.lecam.load_state_dict(dict(found.lecam))
+        names = [name for name, _ in self.discriminator.named_parameters()]
+        if found.moments:
+            # rates and betas are the recipe's
+            groups = self.optimizer.state_dict()["param_groups"]
+            state = {i: dict(found.moments[name]) for i, name in enumerate(names) if name in found.moments}
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.inherited = True
+
+    def hears(self, step: int) -> bool:
+        """Whether the tokenizer hears the discriminator in step `step` (0-based)."""
+        return self.discriminator is not None and (self.inherited or step >= self.config.generator_start)
+
+    def save(self, folder: Path) -> None:
+        """Leave the discriminator, its Adam and the LeCam averages in `folder` for the next stage; nothing without one."""
+        if self.discriminator is not None:
+            names = [name for name, _ in self.discriminator.named_parameters()]
+            save_discriminator(folder, self.state_dict(), names)
 
     @staticmethod
     def wanted(losses: LossConfig) -> bool:
@@ -88,7 +123,7 @@ class Critics:
         if self.teacher is not None:
             terms["distillation_loss"] = self.teacher.distance(reconstruction, pixels)
             total = total + self.losses.distillation_weight * terms["distillation_loss"]
-        if self.discriminator is not None and step >= self.config.generator_start:
+        if self.discriminator is not None and self.hears(step):
             # its own parameters must gather nothing from this pass
             self.discriminator.requires_grad_(False)
             terms["adversarial_loss"] = generator_loss(self.discriminator(reconstruction), self.config.generator)
@@ -125,7 +160,7 @@ class Critics:
         used = {
             "perceptual_loss": self.perceptual is not None,
             "distillation_loss": self.teacher is not None,
-            "adversarial_loss": self.discriminator is not None and step >= self.config.generator_start,
+            "adversarial_loss": self.hears(step),
         }
         return {name: torch.zeros((), device=self.accelerator.device) for name, there in used.items() if there}
 
@@ -206,6 +241,7 @@ class Critics:
             "discriminator": self.discriminator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lecam": self.lecam.state_dict(),
+            "inherited": self.inherited,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -214,3 +250,5 @@ class Critics:
             self.discriminator.load_state_dict(state["discriminator"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.lecam.load_state_dict(state["lecam"])
+            # a checkpoint from before discriminators were handed on has none that was
+            self.inherited = bool(state.get("inherited", False))

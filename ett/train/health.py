@@ -91,26 +91,29 @@ class BackOffs:
 
     Attributes:
         factor: of every learning rate from now on, in (0, 1]. count: back-offs so far.
+        in_doubt: whether the last step was left out: the weights may be what was wrong, and no checkpoint is written of them
+            until a step can be taken again.
     """
 
     def __init__(self, config: HealthConfig, stage: str, log: RunLog) -> None:
         self.config, self.stage, self.log = config, stage, log
         self.factor, self.count = 1.0, 0
+        self.in_doubt = False
 
     @property
     def allowed(self) -> bool:
         """Whether the recipe backs off at all."""
         return self.config.on_non_finite == "back_off"
 
-    @staticmethod
-    def needed(losses: Losses, norm: float) -> bool:
+    def needed(self, losses: Losses, norm: float) -> bool:
         """Whether a step must not be taken. Every rank decides the same where these are the same.
 
         Args:
             losses: float[] each, means over ranks. norm: of the gradient that all ranks share.
         """
         finite = torch.stack([value.detach().float() for value in losses.values()]).isfinite().all()
-        return not (math.isfinite(norm) and bool(finite))
+        self.in_doubt = not (math.isfinite(norm) and bool(finite))
+        return self.in_doubt
 
     def refuse(self, step: int, losses: Losses, norm: float) -> None:
         """Back off because of step `step` (1-based), which the caller leaves out.
@@ -224,11 +227,12 @@ class HealthMonitor:
         """Measure, log and warn after `step` finished steps.
 
         Raises:
-            CodebookCollapse: as the recipe says.
+            CodebookCollapse: as the recipe says. NonFiniteLoss: the weights are ruined.
         """
         judge = self.critics.discriminator if self.critics is not None else None
         with undisturbed(self.model, *([] if judge is None else [judge])):
             features = self._features()
+            self._check_finite(step, features)
             indices = self.tokenizer.quantize.nearest(features)
             values = usage_values(indices, self.tokenizer.codebook_size) | softmax_values(self.tokenizer, features)
             if self.initial is not None:
@@ -251,6 +255,18 @@ class HealthMonitor:
             with undisturbed(self.tokenizer):
                 indices = self.tokenizer.quantize.nearest(self._features())
             self._judge_usage(step, indices, usage_values(indices, self.tokenizer.codebook_size))
+
+    def _check_finite(self, step: int, features: Tensor) -> None:
+        ruined = not bool(features.isfinite().all())
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(ruined), device=self.accelerator.device)
+            ruined = bool(self.accelerator.reduce(flag) > 0)
+        if ruined:
+            raise NonFiniteLoss(
+                f"Stage {self.stage}, step {step}: the encoder's features of the watched pictures are not finite. Its "
+                "weights are ruined, which no smaller step can mend. The last checkpoint is kept. Start anew with a lower "
+                "optimizer.learning_rate or optimizer.max_grad_norm (--overwrite)."
+            )
 
     def _judge_usage(self, step: int, indices: Tensor, values: Mapping[str, float]) -> None:
         possible = min(self.tokenizer.codebook_size, indices.numel())

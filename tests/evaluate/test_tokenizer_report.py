@@ -26,6 +26,7 @@ from ett.model import EttImageProcessor
 from ett.types import Example
 from tests.evaluate.conftest import Listed, Toy, build_toy, picture
 from tests.evaluate.test_report import HOSTILE, Page
+from tests.losses import lpips_stand_in
 
 SPOKEN = "toy text"
 
@@ -78,6 +79,35 @@ def report(folders: dict[str, Path], sources: Sequence[tuple[str, Any]], out: Pa
     found: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert found["notes"] == list(notes)
     return found
+
+
+def test_lpips_where_it_can_be_had(
+    folders: dict[str, Path], examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column of its own name beside Lite0's, with intervals and paired differences; where it cannot be had, the reason."""
+    given, sources = {name: folders[name] for name in "ab"}, [("plain", Listed(examples))]
+
+    def unreachable(**_: Any) -> Any:
+        raise OSError("no route")
+
+    with monkeypatch.context() as patch:
+        lpips_stand_in.install(patch, vgg16=unreachable)
+        found = report(given, sources, tmp_path / "without")
+    assert not any("lpips" in name for name in found["tokenizers"]["a"]["metrics"])
+    (why,) = [note for note in found["notes"] if "LPIPS" in note]
+    assert "no route" in why
+
+    lpips_stand_in.install(monkeypatch)
+    found = report(given, sources, tmp_path / "with")
+    measured = found["tokenizers"]["a"]["metrics"]["lpips_vgg"]
+    assert measured["value"] > 0
+    assert measured["interval"] is not None
+    assert measured["num_examples"] == found["tokenizers"]["a"]["metrics"]["lite0_distance"]["num_examples"]
+    values = [found["tokenizers"][name]["metrics"]["lpips_vgg"]["value"] for name in "ba"]
+    assert found["differences"]["b"]["lpips_vgg"]["value"] == pytest.approx(values[0] - values[1])
+    page = (tmp_path / "with" / "report.html").read_text(encoding="utf-8")
+    assert "LPIPS (VGG)" in page
+    assert not any("LPIPS" in note for note in found["notes"])
 
 
 def test_report(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ett.errors import ModelError, RecipeError
-from ett.tokenizers import IBQConfig, IBQTokenizer, VisionTokenizer
+from ett.tokenizers import IBQConfig, IBQTokenizer, IndexBackpropagationQuantizer, VisionTokenizer
 from tests.conftest import TOKENIZER
 
 REFERENCE = Path(__file__).parents[1] / "parity" / "ibq_keys.txt"
@@ -120,6 +120,59 @@ def test_loading_is_strict(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match="cannot be read"):
         VisionTokenizer.from_pretrained(tmp_path)
+
+
+def test_another_score_over_the_same_weights() -> None:
+    """From distances to dot products or normalised codes: the unit goes, a learned scale comes, all else is shared."""
+    saved = VisionTokenizer.from_config({**TOKENIZER, "similarity": "distance", "temperature": 0.5})
+    saved.quantize.distance_unit.fill_(3.0)
+    dot = saved.reconfigured({"similarity": "dot", "temperature": 1.5})
+    assert isinstance(dot, IBQTokenizer)
+    assert (dot.config.similarity, dot.quantize.distance_unit, dot.quantize.log_scale) == ("dot", None, None)
+    assert dot.quantize.embedding.weight is saved.quantize.embedding.weight
+    features = torch.randn(2, TOKENIZER["codebook_dim"], 3, 3)
+    expected = (features.permute(0, 2, 3, 1) @ saved.quantize.embedding.weight.T).argmax(-1)
+    assert torch.equal(dot.quantize.nearest(features), expected)
+
+    unit = saved.reconfigured({"similarity": "dot", "normalize": True, "radius": 2.5})
+    assert isinstance(unit, IBQTokenizer)
+    fresh = VisionTokenizer.from_config({**TOKENIZER, "normalize": True})
+    assert torch.equal(unit.quantize.log_scale, fresh.quantize.log_scale)
+    assert "quantize.log_scale" in dict(unit.named_parameters())
+    assert "distance_unit" not in unit.quantize.state_dict()
+    # a unit of distance is measured on pictures and cannot begin from nothing
+    with pytest.raises(RecipeError, match="weights have another shape"):
+        dot.reconfigured({"similarity": "distance"})
+    with pytest.raises(RecipeError, match="weights have another shape"):
+        saved.reconfigured({"codebook_size": 32})
+
+
+def test_the_radius_of_normalised_codes_changes_lengths_alone() -> None:
+    one, far = (IndexBackpropagationQuantizer(16, 4, normalize=True, radius=radius) for radius in (1.0, 3.0))
+    far.load_state_dict(one.state_dict())
+    features, weight = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    gradients = []
+    for quantizer in (one, far):
+        z = features.clone().requires_grad_()
+        found = quantizer(z)
+        (found.embeddings / quantizer.radius * weight).sum().backward()
+        gradients.append(z.grad)
+    first, second = one(features), far(features)
+    assert torch.equal(first.indices, second.indices)
+    torch.testing.assert_close(second.embeddings, 3.0 * first.embeddings)
+    torch.testing.assert_close(second.embeddings.norm(dim=1), torch.full((2, 3, 3), 3.0))
+    torch.testing.assert_close(second.quantization_loss, 9.0 * first.quantization_loss)
+    torch.testing.assert_close(second.entropy_loss, first.entropy_loss)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert far.softmax_statistics(features).nearest_share == 1.0
+    assert far.softmax_statistics(features).top1_mass == pytest.approx(
+        one.softmax_statistics(features).top1_mass, rel=1e-5
+    )
+    rows = torch.randn(1, 4, 40, 1)
+    assert far.place_codes(rows) == pytest.approx(9.0 * one.place_codes(rows), rel=1e-4)
+    torch.testing.assert_close(far.codebook, 3.0 * one.codebook)
+    with pytest.raises(RecipeError, match="radius"):
+        VisionTokenizer.from_config({**TOKENIZER, "radius": 0.0})
 
 
 @pytest.mark.parametrize(

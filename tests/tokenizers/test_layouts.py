@@ -25,8 +25,11 @@ from torch import Tensor
 
 from ett.cli import main
 from ett.errors import ModelError, UserError
+from ett.losses.adversarial import DiscriminatorConfig, PatchDiscriminator
 from ett.tokenizers import IBQConfig, IBQTokenizer, VisionTokenizer
-from ett.tokenizers.layouts import export_tokenizer, import_tokenizer, read_tokenizer
+from ett.tokenizers.layout_discriminator import DISCRIMINATOR_NAME
+from ett.tokenizers.layouts import LayoutReport, export_tokenizer, import_tokenizer, read_tokenizer
+from ett.train.inheritance import read_inheritance
 
 KEYS = Path(__file__).parents[1] / "parity" / "ibq_keys.txt"
 GROUPS = 4
@@ -311,6 +314,52 @@ def test_incomplete_averages_are_refused(tensors: Tensors, tmp_path: Path) -> No
     ):
         read_tokenizer(tmp_path / "a.ckpt")
     assert_same(read_tokenizer(tmp_path / "a.ckpt", raw=True)[0].state_dict(), tensors)
+
+
+def test_averages_of_another_shape_are_refused(tensors: Tensors, tmp_path: Path) -> None:
+    """An average belongs to a raw weight of its shape, whether or not it would fit an architecture of its own."""
+    content = lightning(tensors, {**tensors, "quantize.embedding.weight": torch.ones(70, 8)})
+    content["state_dict"]["model_ema.encoderconv_inbias"] = "no tensor"
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(
+        ModelError,
+        match=r"2 of another shape .*conv_in.bias is str, raw \[4\].*embedding.weight is \[70, 8\], raw \[50, 8\].*--raw",
+    ):
+        read_tokenizer(tmp_path / "a.ckpt")
+    assert_same(read_tokenizer(tmp_path / "a.ckpt", raw=True)[0].state_dict(), tensors)
+
+
+def test_a_shipped_discriminator_is_kept(tensors: Tensors, tmp_path: Path) -> None:
+    """Beside the tokenizer, its tensors bit for bit; one of another kind, or a broken one, is left out with the reason."""
+    theirs = PatchDiscriminator(DiscriminatorConfig(channels=4)).state_dict()
+    theirs["main.3.running_mean"] = torch.randn(8)
+
+    def imported(discriminator: Tensors) -> LayoutReport:
+        content = lightning(tensors, tensors)
+        state = {name: t for name, t in content["state_dict"].items() if not name.startswith("loss.discriminator.")}
+        state |= {f"loss.discriminator.{name}": tensor for name, tensor in discriminator.items()}
+        torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+        return import_tokenizer(tmp_path / "a.ckpt", tmp_path / "ours", overwrite=True)
+
+    report = imported(theirs)
+    found = read_inheritance(tmp_path / "ours" / DISCRIMINATOR_NAME)
+    assert_same(found.discriminator, theirs)
+    assert (found.channels, found.strided_layers, found.moments, found.lecam) == (4, 3, {}, {})
+    assert "channels 4, strided_layers 3" in str(report)
+    assert "loss.discriminator.*" not in {out.what for out in report.left_out}
+    assert_same(VisionTokenizer.from_pretrained(tmp_path / "ours").state_dict(), tensors)
+    assert "loss.discriminator.*" in {out.what for out in read_tokenizer(tmp_path / "a.ckpt")[1].left_out}
+
+    for wrong in (
+        {**theirs, "main.3.weight": torch.ones(9)},
+        {name: tensor for name, tensor in theirs.items() if name != "main.11.bias"},
+        {**theirs, "main.0.bias": torch.full((4,), float("inf"))},
+    ):
+        report = imported(wrong)
+        assert report.discriminator == ""
+        assert not (tmp_path / "ours" / DISCRIMINATOR_NAME).exists()
+        why = {out.what: out.why for out in report.left_out}["loss.discriminator.*"]
+        assert "no patch discriminator" in why
 
 
 def test_averages_that_share_a_name_are_refused(tensors: Tensors, tmp_path: Path) -> None:

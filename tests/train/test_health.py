@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ett.config import from_mapping
@@ -28,7 +29,7 @@ from ett.train.checkpoint import list_checkpoints
 from ett.train.critics import Critics
 from ett.train.diagnosis import Situation, diagnose
 from ett.train.health import CodebookCollapse, NonFiniteLoss
-from ett.train.log import read_log
+from ett.train.log import RunLog, read_log
 from ett.train.measures import (
     Codes,
     drift_values,
@@ -222,6 +223,44 @@ def test_monitoring_changes_no_weight(toy_recipe: dict[str, Any], tmp_path: Path
         assert [e[name] for e in events(tmp_path / "resumed", "health")] == [e[name] for e in found]
 
 
+def test_the_terminal_shows_health(
+    toy_recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In lines where there is no terminal, in the bar where there is one: codes, perplexity, top-1 mass, and what is wrong."""
+    bars: list[str] = []
+    monkeypatch.setattr(loop_module.tqdm, "set_postfix_str", lambda _, text: bars.append(text))
+    recipe = recipe_of(toy_recipe, steps=3, health={"every": 2})
+    toy_recipe["model"]["vision_tokenizer"]["temperature"] = 1e-3
+    Run(recipe_of(toy_recipe, steps=3, health={"every": 2}), tmp_path / "run").train()
+    shown = capsys.readouterr().err
+    first = events(tmp_path / "run", "health")[0]["values"]
+    words = (
+        f"{first['codes_in_use']:.0f} codes, perplexity {first['index_perplexity']:.0f}, "
+        f"top-1 {first['top1_mass']:.2f}, {first['indices_changed']:.0%} changed"
+    )
+    assert f"tokenizer 2  health: {words}" in shown
+    (last,) = [line for line in shown.splitlines() if line.startswith("tokenizer 3/3")]
+    assert f"  {words}  " in last, "the newest there is"
+    assert [words in bar for bar in bars] == [False, False, True]
+    saturated = r"Warning \(tokenizer, step 2\): The index softmax is saturated: .* Raise vision_tokenizer\.temperature"
+    assert re.search(saturated, shown)
+
+    bars.clear()
+    Run(recipe, tmp_path / "other").train()
+    assert "saturated" not in capsys.readouterr().err
+
+
+def test_a_stage_begins_without_the_last_one_s_health(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(tmp_path, Accelerator(cpu=True))
+    log.health("tokenizer", 1, {"codes_in_use": 7.0, "index_perplexity": 3.2}, {})
+    assert log.health_now == "7 codes, perplexity 3"
+    log.start_stage(10)
+    assert log.health_now == ""
+
+
 def test_a_quantizer_without_a_softmax(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
     given = {k: v for k, v in TOKENIZER.items() if not k.startswith("codebook")}
     toy_recipe["model"]["vision_tokenizer"] = {**given, "tokenizer_type": "fsq", "levels": [5, 5]}
@@ -394,12 +433,43 @@ def test_a_discriminator_whose_gradient_is_not_finite_is_not_lost(
     assert all(map(math.isfinite, last.values()))
 
 
+def test_no_checkpoint_of_weights_in_doubt(
+    toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While steps have to be left out the weights may be what is wrong: the good checkpoints before are not pushed out."""
+    health = {"on_non_finite": "back_off", "max_back_offs": 3, "pictures": 0}
+    poison(monkeypatch, loop_module.TokenizerObjective, 3, 4, 5)
+    recipe = recipe_of(toy_recipe, health=health, steps=7)
+    kept: dict[int, list[int]] = {}
+    plain = loop_module.Stage._keep
+
+    def watched(self: Any, *arguments: Any) -> None:
+        plain(self, *arguments)
+        self.saver.settle()
+        kept[self.step] = [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints", "tokenizer")]
+
+    monkeypatch.setattr(loop_module.Stage, "_keep", watched)
+    Run(recipe, tmp_path / "run").train()
+    assert (kept[2], kept[5], kept[6]) == ([1, 2], [1, 2], [2, 6])
+
+
+def test_ruined_weights_stop_whatever_the_recipe_says(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Not staged: a learning rate far too high. Smaller steps from there mend nothing, and the reason is not a collapse."""
+    optimizer = {"learning_rate": 1e18, "schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": None}
+    health = {"every": 3, "on_non_finite": "back_off", "on_collapse": "stop"}
+    recipe = recipe_of(toy_recipe, optimizer=optimizer, health=health, checkpoint_every=2)
+    with pytest.raises(NonFiniteLoss, match=r"step 3: .*features .* are not finite.*weights are ruined"):
+        Run(recipe, tmp_path / "run").train()
+    assert list_checkpoints(tmp_path / "run" / "checkpoints", "tokenizer") == []
+
+
 def test_back_offs_come_to_an_end(toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     health = {"on_non_finite": "back_off", "max_back_offs": 1}
     poison(monkeypatch, loop_module.TokenizerObjective, 2, 4)
     with pytest.raises(NonFiniteLoss, match=r"step 4: .*lowered 1 times, to 0\.5 of the recipe's"):
         Run(recipe_of(toy_recipe, health=health), tmp_path / "run").train()
-    assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints", "tokenizer")] == [2, 3]
+    # step 2 was left out: nothing is saved until a step is taken again
+    assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints", "tokenizer")] == [1, 3]
 
 
 def test_a_stopped_run_may_go_on_with_other_health(

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult, batches
 from ett.evaluate.metrics import codebook_usage, index_counts, index_perplexity, l1, psnr, ssim
@@ -96,11 +96,12 @@ class Measured:
     counts: Tensor
 
 
-def measured(subject: Subject, part: Reconstructed) -> Measured:
-    """What `ReconstructionTask` counts of pictures that `subject` reconstructed."""
+def measured(subject: Subject, part: Reconstructed, more: Mapping[str, Measure] | None = None) -> Measured:
+    """What `ReconstructionTask` counts of pictures that `subject` reconstructed, and `more` by name."""
     measures: dict[str, Measure] = {"psnr": _each(psnr), "ssim": _each(ssim), "l1": _each(l1)}
     if lite0_is_installed():
-        measures["lite0_distance"] = _lite0_distances
+        measures["lite0_distance"] = distances(perceptual_distance(subject.device))
+    measures |= more or {}
     sums = {}
     for name, of in measures.items():
         each = iter(of(part))
@@ -136,24 +137,24 @@ def _each(of: Callable[[Tensor, Tensor, Box | None], float]) -> Measure:
     return each
 
 
-def _lite0_distances(part: Reconstructed) -> list[float]:
-    """EfficientNet-Lite0 distances, in [0, 4]; pictures of equal size go through the network together.
+def distances(network: nn.Module) -> Measure:
+    """`network`'s (pictures, reconstructions) -> float[n]; pictures of equal size go through it together."""
 
-    Raises:
-        ModelError: the package of the weights is not installed, or damaged.
-    """
-    pairs = [
-        torch.stack([inside(part.pixels[i], box), inside(part.decoded[i], box)]) for i, box in enumerate(part.boxes)
-    ]
-    by_shape: dict[torch.Size, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        by_shape.setdefault(pair.shape, []).append(i)
-    found = [0.0] * len(pairs)
-    for group in by_shape.values():
-        first, second = torch.stack([pairs[i] for i in group]).unbind(1)
-        for i, value in zip(group, perceptual_distance(first.device)(first, second).tolist(), strict=True):
-            found[i] = value
-    return found
+    def of(part: Reconstructed) -> list[float]:
+        pairs = [
+            torch.stack([inside(part.pixels[i], box), inside(part.decoded[i], box)]) for i, box in enumerate(part.boxes)
+        ]
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, pair in enumerate(pairs):
+            by_shape.setdefault(pair.shape, []).append(i)
+        found = [0.0] * len(pairs)
+        for group in by_shape.values():
+            first, second = torch.stack([pairs[i] for i in group]).unbind(1)
+            for i, value in zip(group, network(first, second).tolist(), strict=True):
+                found[i] = value
+        return found
+
+    return of
 
 
 @lru_cache(maxsize=1)

@@ -28,15 +28,20 @@ class StandIns:
         made: dict[int, Tensor] = {}
         for each in module.modules():
             for name, parameter in each._parameters.items():
-                if parameter is not None and not isinstance(parameter, FakeTensor):
+                if parameter is not None and not _is_filled(parameter):
                     new = made.get(id(parameter))
                     if new is None:
                         new = nn.Parameter(self.tensor(parameter), requires_grad=parameter.requires_grad)
                         made[id(parameter)] = new
                     each._parameters[name] = new  # type: ignore[assignment]  # only parameters were put in
             for name, buffer in each._buffers.items():
-                if buffer is not None and not isinstance(buffer, FakeTensor):
+                if buffer is not None and not _is_filled(buffer):
                     each._buffers[name] = made.setdefault(id(buffer), self.tensor(buffer))
+
+
+def _is_filled(tensor: Tensor) -> bool:
+    """Whether `tensor` is a stand-in already; what was read from a file in `StandIns.mode` is none yet: it is on no device."""
+    return isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
 def is_stand_in(value: object) -> bool:
