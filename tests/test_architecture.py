@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ett"
 LEVELS = [
     {"errors", "types"},
-    {"config", "devices", "environment", "files", "images", "signals"},
+    {"allocator", "config", "devices", "environment", "files", "images", "signals"},
     {"tokenizers", "losses"},
     {"model"},
     {"data"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ett.cli.common import Add, Command, positive, print_json, quiet_libraries
+from ett.cli.common import Add, Command, add_quiet, positive, print_json, quiet_libraries
 from ett.errors import RecipeError, UserError
 
 
@@ -22,6 +22,7 @@ def register(add: Add) -> None:
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        add_quiet(sub, within=True)
         sub.set_defaults(command=command)
         return sub
 
@@ -31,7 +32,9 @@ def register(add: Add) -> None:
         "read every example, decode every picture, and tell what is there and what is wrong; exit code 2 if anything is",
         "ett data check mine.jsonl --model runs/mine --workers 4 --out checks/mine",
     )
-    sub.add_argument("path", metavar="PATH", type=Path, help="a manifest, a shard (.tar), or a folder of shards")
+    sub.add_argument(
+        "path", metavar="PATH", help="a manifest, a shard (.tar), or a folder of shards; or the address of one"
+    )
     _add_common(sub)
     sub.add_argument("--limit", metavar="N", type=positive, help="read the first N examples alone")
     sub.add_argument(
@@ -60,7 +63,7 @@ def register(add: Add) -> None:
         "write a manifest as tar shards, or shards as a manifest; run again, it goes on where it was stopped",
         "ett data convert mine.jsonl shards/mine --shard-size 500MB --workers 4",
     )
-    sub.add_argument("source", metavar="SRC", type=Path, help="a manifest, a shard, or a folder of shards")
+    sub.add_argument("source", metavar="SRC", help="a manifest, a shard, or a folder of shards; or the address of one")
     sub.add_argument("destination", metavar="DST", type=Path, help="a folder: new, or of this conversion")
     _add_common(sub)
     sub.add_argument(

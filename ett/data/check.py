@@ -11,9 +11,11 @@ from typing import Any, get_args
 import numpy as np
 import PIL.Image
 
-from ett.data.entries import Entries, Entry, Kind, Refused, Samples, open_entries
+from ett.data.entries import MAX_MEMBER_BYTES, Entries, Entry, Kind, Refused, Samples, open_entries
+from ett.data.far import BrokenSource
 from ett.data.histogram import Lengths, Resolutions
 from ett.data.parallel import mapped
+from ett.data.places import Place, loadable
 from ett.errors import DataError
 from ett.images import load_image
 from ett.model.processing import EttProcessor
@@ -42,7 +44,7 @@ class _Finding:
 
 
 def check(
-    path: str | Path,
+    path: str | Place,
     *,
     image_root: str | Path | None = None,
     processor: EttProcessor | None = None,
@@ -108,7 +110,9 @@ class _Examiner:
             finding.characters = sum(len(part.get("text", "")) for content in answers for part in content)
         for number, picture in enumerate(entry.pictures, 1):
             try:
-                finding.sizes.append(load_image(picture).size)
+                finding.sizes.append(load_image(loadable(picture, MAX_MEMBER_BYTES)).size)
+            except BrokenSource:
+                raise
             except DataError as error:
                 is_bomb = isinstance(
                     error.__cause__, PIL.Image.DecompressionBombError | PIL.Image.DecompressionBombWarning

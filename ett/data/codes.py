@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from ett.config import to_mapping
 from ett.data.code_shards import CodedExample, CodeShard, text_of, write_shard
 from ett.data.mixture import Mixture, SourceConfig
+from ett.data.places import is_address
 from ett.data.sources import Source
 from ett.data.workers import begin_worker
 from ett.errors import DataError, UserError
@@ -275,5 +276,6 @@ def _settings(config: SourceConfig) -> str:
     settings = to_mapping(config)
     del settings["weight"]
     for name in ("path", "image_root"):
-        settings[name] = settings[name] and os.path.realpath(settings[name])
+        if settings[name] and not is_address(settings[name]):
+            settings[name] = os.path.realpath(settings[name])
     return json.dumps(settings, sort_keys=True)

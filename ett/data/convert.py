@@ -21,11 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from ett.data.entries import MAX_MEMBER_BYTES, Entry, Lines, Refused, Samples, open_entries
+from ett.data.far import Far
 from ett.data.manifest import Manifest
 from ett.data.parallel import mapped
+from ett.data.places import Place, loadable, place, stamp
 from ett.errors import DataError
 from ett.files import fsync, fsync_tree
 
@@ -63,7 +65,7 @@ class Part:
 
 
 def convert(
-    source: str | Path,
+    source: str | Place,
     destination: str | Path,
     *,
     shard_examples: int = DEFAULT_SHARD_EXAMPLES,
@@ -144,9 +146,13 @@ class _Writer(ABC):
             raise DataError(f"{where}: {refused} `ett data check` shows all that is wrong.") from refused
 
     @contextmanager
-    def open(self, index: int, picture: str | bytes) -> Iterator[tuple[BinaryIO, int, str]]:
+    def open(self, index: int, picture: str | bytes | Far) -> Iterator[tuple[BinaryIO, int, str]]:
         """(file, size [bytes], extension) of a picture of entry `index`."""
-        with io.BytesIO(picture) if isinstance(picture, bytes) else open(picture, "rb") as file:
+        if isinstance(picture, Far):
+            opened = cast(BinaryIO, loadable(picture, MAX_MEMBER_BYTES))
+        else:
+            opened = io.BytesIO(picture) if isinstance(picture, bytes) else open(picture, "rb")  # noqa: SIM115
+        with opened as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             start = file.read(16)
@@ -291,7 +297,7 @@ def _by_bytes(entries: Lines, largest: int) -> list[Part]:
     start = used = 0
     for index in range(len(entries)):
         entry = entries.read(index)
-        sizes = [len(picture) if isinstance(picture, bytes) else os.stat(picture).st_size for picture in entry.pictures]
+        sizes = [len(each) if isinstance(each, bytes) else stamp(place(each))[0] for each in entry.pictures]
         size = sum(_BLOCK + -(-each // _BLOCK) * _BLOCK for each in (len(_as_json(entry, {})), *sizes))
         # a tar is filled up to whole records of its own size
         records = -(-(used + size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE

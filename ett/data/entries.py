@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from ett.data.json_lines import MAX_LINE_BYTES, KeyTwice, decoded, is_too_long, next_line, parsed
-from ett.data.manifest import Manifest, _LineError, _Record, _shown
+from ett.data.far import BrokenSource, Far
+from ett.data.json_lines import MAX_LINE_BYTES, KeyTwice, decoded, is_too_long, next_line, parsed, shown
+from ett.data.manifest import Manifest, _LineError, _Record
+from ett.data.places import SHARD_SUFFIXES, Place, Stamp, place, shard_paths, stamp
 from ett.data.shards import ShardIndex, ShardSample
 from ett.errors import DataError
 from ett.types import Message
 
 MAX_MEMBER_BYTES = MAX_LINE_BYTES
 """Largest member of a shard that is read, and largest picture that is put into one [bytes]."""
+
+SCANNED_AT_ONCE = 16
+"""Shards at addresses that are scanned at a time."""
+SCANNED_KEPT = 100_000
+"""Shards at addresses whose index is kept while they stay as they are."""
 
 Kind = Literal[
     "refused_shard",
@@ -62,12 +70,12 @@ class Entry:
     """An example before its pictures are decoded.
 
     Attributes:
-        pictures: a file's path or its encoded bytes for each image part of `messages`, in order.
+        pictures: a file's path or address or its encoded bytes for each image part of `messages`, in order.
     """
 
     id: str
     messages: Sequence[Message]
-    pictures: Sequence[str | bytes]
+    pictures: Sequence[str | bytes | Far]
     metadata: Mapping[str, Any]
 
 
@@ -89,24 +97,32 @@ class Entries(ABC):
         """Entry number `index`.
 
         Raises:
-            Refused: it cannot be used.
+            Refused: it cannot be used. BrokenSource: it was changed, or its address does not answer.
         """
 
 
-def open_entries(path: str | Path, image_root: str | Path | None = None) -> Lines | Samples:
-    """The entries of a manifest (any other file), a shard (.tar, .tar.gz, .tgz), or a folder with shards or one manifest.
+def open_entries(path: str | Place, image_root: str | Path | None = None) -> Lines | Samples:
+    """The entries of a manifest (any other file), a shard (.tar, .tar.gz, .tgz), or a folder with shards or one manifest; at an
+    address, of a manifest (.jsonl) or of what `shard_paths` finds there. Patterns are those of `shard_paths`.
 
     Raises:
-        DataError: there is nothing to read.
+        DataError: there is nothing to read. BrokenSource: an address does not answer.
     """
-    path = Path(path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    shards = [file for file in files if file.name.endswith((".tar", ".tar.gz", ".tgz"))]
+    path = place(path)
+    files: Sequence[Place]
+    folder = path if isinstance(path, Path) and path.is_dir() else None
+    if isinstance(path, Far):
+        files = [path] if path.name.endswith(".jsonl") else shard_paths(str(path))[0]
+    elif not path.exists() and any(sign in str(path) for sign in "*?[{"):
+        files, folder = shard_paths(str(path))
+    else:
+        files = [path] if folder is None else sorted(path.iterdir())
+    shards = [file for file in files if file.name.endswith(SHARD_SUFFIXES)]
     if shards:
         if image_root is not None:
             raise DataError("Shards hold their pictures, so image_root is for manifests alone. Leave it out.")
-        return Samples(shards, folder=path if path.is_dir() else None)
-    manifests = [file for file in files if file.suffix == ".jsonl"] if path.is_dir() else files
+        return Samples(shards, folder=folder)
+    manifests = [file for file in files if file.name.endswith(".jsonl")] if files != [path] else files
     if len(manifests) != 1:
         raise DataError(
             f"{path} has no shards (.tar, .tar.gz) and {len(manifests)} manifests (.jsonl). Give the path of one of them."
@@ -121,13 +137,13 @@ class Lines(Manifest, Entries):
         return f"{self.path}:{self._lines[index]}"
 
     def read(self, index: int) -> Entry:
-        with self._unchanged() as file:
+        with self._open() as file:
             file.seek(self._offsets[index])
             data = next_line(file)
         line = self._lines[index]
         try:
             return _entry(self._parse(decoded(data, self.path, line), line))
-        except Refused:
+        except (Refused, BrokenSource):
             raise
         except DataError as error:
             raise Refused(_kind_of_line(data), str(error).removeprefix(f"{self.where(index)}: ")) from error
@@ -146,7 +162,7 @@ class Lines(Manifest, Entries):
         if not len(self):
             raise DataError(f"{self.path} is empty: it has no line with an example. Give one JSON object a line.")
 
-    def _locate(self, reference: object) -> str | bytes:
+    def _locate(self, reference: object) -> str | bytes | Far:
         try:
             return super()._locate(reference)
         except _LineError as error:
@@ -170,22 +186,23 @@ class Samples(Entries):
     shards, one at a time is kept in memory.
 
     Args:
-        shards: their paths.
+        shards: their paths or addresses.
         folder: refuse those that lead out of it by a symbolic link.
+
+    Raises:
+        BrokenSource: an address does not answer.
     """
 
-    def __init__(self, shards: Sequence[Path], *, folder: Path | None = None) -> None:
+    def __init__(self, shards: Sequence[Place], *, folder: Path | None = None) -> None:
         refused, indices = [], []
-        for shard in shards:
-            try:
-                if folder is not None and not shard.resolve().is_relative_to(folder.resolve()):
-                    raise DataError(
-                        f"{shard} leads out of {folder} by a symbolic link. Copy the shard into the folder."
-                    )
-                # a copy leaves the unpacked content behind
-                indices.append(copy.copy(ShardIndex([shard])))
-            except DataError as error:
-                refused.append((str(shard), Refused("refused_shard", str(error).removeprefix(f"{shard}: "))))
+        with ThreadPoolExecutor(SCANNED_AT_ONCE) as pool:
+            far = any(isinstance(shard, Far) for shard in shards)
+            scanned = pool.map(_scanned, shards) if far else (_scanned(shard, folder) for shard in shards)
+            for shard, found in zip(shards, scanned, strict=True):
+                if isinstance(found, ShardIndex):
+                    indices.append(found)
+                else:
+                    refused.append((str(shard), Refused("refused_shard", str(found).removeprefix(f"{shard}: "))))
         self.refused = refused
         self.ends = [0]
         for index in indices:
@@ -202,11 +219,10 @@ class Samples(Entries):
         return f"{self._indices[number].shards[0]}: {key}"
 
     def fingerprint(self) -> str:
-        """A hash of every shard's name, size and time of change."""
+        """A hash of every shard's name, size and time of change, or version."""
         digest = blake2b(digest_size=16)
         for index in self._indices:
-            status = os.stat(index.shards[0])
-            digest.update(repr((index.shards[0].name, status.st_size, status.st_mtime_ns)).encode())
+            digest.update(repr((index.shards[0].name, *stamp(index.shards[0]))).encode())
         return digest.hexdigest()
 
     def read(self, index: int) -> Entry:
@@ -215,7 +231,7 @@ class Samples(Entries):
             self._current = (number, copy.copy(self._indices[number]))
         try:
             return _sample_entry(sample, self._current[1])
-        except Refused:
+        except (Refused, BrokenSource):
             raise
         except DataError as error:
             raise Refused("refused_shard", str(error)) from error
@@ -223,6 +239,26 @@ class Samples(Entries):
     def _sample(self, index: int) -> tuple[int, ShardSample]:
         number = bisect_right(self.ends, index) - 1
         return number, self._indices[number][index - self.ends[number]]
+
+
+def _scanned(shard: Place, folder: Path | None = None) -> ShardIndex | DataError:
+    """The index of a shard, or what is wrong with it."""
+    try:
+        if folder is not None and isinstance(shard, Path) and not shard.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{shard} leads out of {folder} by a symbolic link. Copy the shard into the folder.")
+        index = _scanned_before(shard, stamp(shard)) if isinstance(shard, Far) else ShardIndex([shard])
+        # a copy leaves the unpacked content behind
+        return copy.copy(index)
+    except BrokenSource:
+        raise
+    except DataError as error:
+        return error
+
+
+@lru_cache(maxsize=SCANNED_KEPT)
+def _scanned_before(shard: Far, _stamp: Stamp) -> ShardIndex:
+    """A run opens its data several times; what lies far away is read through once."""
+    return copy.copy(ShardIndex([shard]))
 
 
 def _sample_entry(sample: ShardSample, shard: ShardIndex) -> Entry:
@@ -276,7 +312,7 @@ def _listed(fields: Mapping[str, Any], names: Sequence[str], sample: ShardSample
         others = f"; not read: {', '.join(f'.{name}' for name in unread)}" if unread else ""
         raise Refused(
             "missing_picture",
-            f"pictures named in its .json: {len(listed) - len(embedded)} ({_shown(given)}); among its members: {len(names)} "
+            f"pictures named in its .json: {len(listed) - len(embedded)} ({shown(given)}); among its members: {len(names)} "
             f"({there}{others}). {allowed}; add, rename or convert them, or mend 'image'.",
         )
     if unread and not names and not embedded:
@@ -298,7 +334,7 @@ class _MemberRules(Manifest):
     def __init__(self, members: Mapping[str, bytes]) -> None:
         self._members = members
 
-    def _locate(self, reference: object) -> str | bytes:
+    def _locate(self, reference: object) -> str | bytes | Far:
         if isinstance(reference, str) and reference in self._members:
             return self._members[reference]
         if isinstance(reference, str) and reference.startswith("data:"):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import glob
-from pathlib import Path
-
-from ett.data.entries import Lines, Samples
+from ett.data.entries import MAX_MEMBER_BYTES, Lines, Samples
+from ett.data.far import BrokenSource
+from ett.data.places import loadable, place
 from ett.data.sources import Source
 from ett.errors import DataError
 from ett.images import load_image
 from ett.types import Example
-
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 class EntrySource(Source):
@@ -29,7 +26,7 @@ class EntrySource(Source):
     """
 
     def __init__(self, entries: Lines | Samples, path: str, *, refuse: bool = False) -> None:
-        self.name = Path(path).name.split(".")[0] or path
+        self.name = place(path).name.split(".")[0] or path
         self.left_out = tuple(f"{where}: {error}" for where, error in entries.refused)
         if refuse and self.left_out:
             raise DataError(f"{self.left_out[0]} (max_bad_samples leaves such shards out.)")
@@ -45,34 +42,12 @@ class EntrySource(Source):
             raise IndexError(index)
         try:
             entry = self._entries.read(index)
-            images = [load_image(picture) for picture in entry.pictures]
+            images = [load_image(loadable(picture, MAX_MEMBER_BYTES)) for picture in entry.pictures]
+        except BrokenSource:
+            raise
         except DataError as error:
             raise DataError(f"{self._entries.where(index)}: {error}") from error
         return Example(entry.id, entry.messages, images, entry.metadata)
 
     def fingerprint(self) -> str:
         return self._entries.fingerprint()
-
-
-def shard_paths(path: str) -> tuple[list[Path], Path | None]:
-    """(the tars that `path` names, sorted, the folder that none may lead out of by a symbolic link).
-
-    Args:
-        path: a tar, a folder of tars, or a pattern with ``*``, ``?`` or ``[...]`` in its last part.
-
-    Raises:
-        DataError: it names none.
-    """
-    given = Path(path)
-    if given.is_file():
-        return [given], None
-    folder = given if given.is_dir() else given.parent
-    if given.is_dir():
-        found = [each for each in given.iterdir() if each.name.endswith(SHARD_SUFFIXES)]
-    else:
-        found = [folder / name for name in glob.glob(given.name, root_dir=folder)]
-    if not found:
-        raise DataError(
-            f"{path} names no shards. Give a .tar or .tar.gz, a folder of them, or a pattern such as {folder}/train-*.tar."
-        )
-    return sorted(found), folder

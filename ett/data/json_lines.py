@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
+from ett.data.places import Place
 from ett.errors import DataError
 
 MAX_LINE_BYTES = 256 * 2**20
@@ -47,7 +47,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def lines_of(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, str]]:
+def lines_of(file: BinaryIO, path: Place) -> Iterator[tuple[int, int, str]]:
     """(byte offset, line number from 1, text) of each line that is not blank.
 
     Raises:
@@ -62,7 +62,7 @@ def lines_of(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, str]]:
         offset += len(data)
 
 
-def decoded(line: bytes, path: Path, number: int) -> str:
+def decoded(line: bytes, path: Place, number: int) -> str:
     """The text of line `number`, counted from 1; the first may begin with a byte order mark.
 
     Raises:
@@ -80,3 +80,19 @@ def decoded(line: bytes, path: Path, number: int) -> str:
             f"{path}:{number}: byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8. "
             "Save the file as UTF-8."
         ) from None
+
+
+def kind_of(value: object) -> str:
+    """JSON's name of a parsed value's type."""
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def shown(value: object) -> str:
+    """A value in a message: quoted as in JSON, plain ASCII, cut to a readable length."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        # what was just shallow enough to be read
+        return f"a JSON {kind_of(value)} that nests without end"
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"

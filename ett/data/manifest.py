@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from ett.data.json_lines import KeyTwice, decoded, lines_of, next_line, parsed
+from ett.data.far import BLOCK, BrokenSource, Far
+from ett.data.json_lines import MAX_LINE_BYTES, KeyTwice, decoded, kind_of, lines_of, next_line, parsed, shown
+from ett.data.places import Place, Watch, leads_out, loadable, place, stamps
 from ett.data.sources import Source
 from ett.errors import DataError, unknown
 from ett.images import load_image
@@ -36,13 +37,18 @@ from ett.types import Example, Message
 
 MARKER = "<image>"
 
+LINE_BLOCK = 2**14
+"""Bytes that are fetched for a line of a manifest at an address."""
+CHUNK = 1000
+"""Lines that a fingerprint holds at a time."""
+
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _OPENAI_ROLES = {"user": "user", "assistant": "assistant", "system": "system"}
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
-_Picture = str | bytes
-"""A file's path, or an embedded picture's encoded bytes."""
+_Picture = str | bytes | Far
+"""A file's path or address, or an embedded picture's encoded bytes."""
 
 
 @dataclass(frozen=True)
@@ -68,36 +74,45 @@ class Manifest(Source):
     of the roles is not judged, but a system turn comes first. Unused fields of a line end up in the metadata.
 
     Picture paths are relative to the manifest's folder. Nothing outside that folder is read, be it by ``..`` or by a
-    symbolic link, unless it lies in `image_root`, which also admits absolute paths into it. Nothing is fetched.
+    symbolic link, unless it lies in `image_root`, which also admits absolute paths into it. Of addresses in a manifest
+    nothing is fetched.
+
+    A manifest may itself lie at an address that `fsspec` knows. Its pictures then lie beside it; they are looked for when they
+    are asked for, and each is fetched by itself.
 
     Attributes:
         name: the file's name without its suffix.
         path: the file.
     """
 
-    def __init__(self, path: str | Path, *, limit: int | None = None, image_root: str | Path | None = None) -> None:
+    def __init__(self, path: str | Place, *, limit: int | None = None, image_root: str | Path | None = None) -> None:
         """
         Args:
-            path: the JSONL file, UTF-8 (a byte order mark is allowed).
+            path: the JSONL file or its address, UTF-8 (a byte order mark is allowed).
             limit: use, and check, only the first `limit` examples; None for all.
-            image_root: a further folder whose pictures may be used.
+            image_root: a further folder whose pictures may be used; not for addresses.
 
         Raises:
             DataError: the manifest cannot be used; the message gives file, line and what is wrong with it.
+            BrokenSource: its address does not answer, then or later, or it was changed while in use.
             ValueError: `limit` is not positive.
         """
         if limit is not None and limit < 1:
             raise ValueError(f"limit is {limit}; it must be at least 1, or None for all examples.")
-        self.path = Path(path)
+        self.path = place(path)
         self.name = self.path.stem
-        self._folder = os.path.realpath(self.path.parent)
+        if isinstance(self.path, Far) and image_root is not None:
+            raise DataError(
+                "Pictures of a manifest at an address lie beside it, so image_root is not for it. Leave it out."
+            )
+        self._folder = "" if isinstance(self.path, Far) else os.path.realpath(self.path.parent)
         self._image_root = None if image_root is None else os.path.realpath(image_root)
         if self._image_root is not None and not os.path.isdir(self._image_root):
             raise DataError(f"image_root {image_root} is not a folder. Give the folder that holds the pictures.")
         self._offsets = array("Q")
         self._lines = array("Q")
-        with self._open() as file:
-            self._stamp = _stamp(file.fileno())
+        self._watch = Watch()
+        with self._open(BLOCK) as file:
             self._read_all(file, limit)
 
     def __len__(self) -> int:
@@ -107,35 +122,37 @@ class Manifest(Source):
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} examples; there is no number {index}.")
         line = self._lines[index]
-        with self._unchanged() as file:
+        with self._open() as file:
             record = self._read_one(file, index)
         try:
-            images = [load_image(picture) for picture in record.pictures]
+            images = [load_image(loadable(picture, MAX_LINE_BYTES)) for picture in record.pictures]
+        except BrokenSource:
+            raise
         except DataError as error:
             raise self._wrong(line, str(error)) from error
         return Example(record.id, record.messages, images, record.metadata)
 
     def fingerprint(self) -> str:
-        """A hash of every line, and of path, size and time of change of every picture file."""
+        """A hash of every line, and of path, size and time of change (or version) of every picture file."""
         digest = blake2b(digest_size=16)
-        with self._open() as file:
-            for record in (self._read_one(file, index) for index in range(len(self))):
-                digest.update(repr((record, [_stamp(p) for p in record.pictures if isinstance(p, str)])).encode())
+        with self._open(BLOCK) as file:
+            for start in range(0, len(self), CHUNK):
+                indices = range(start, min(start + CHUNK, len(self)))
+                records = [self._read_one(file, index) for index in indices]
+                files = [[place(p) for p in record.pictures if not isinstance(p, bytes)] for record in records]
+                found = iter(stamps([each for own in files for each in own]))
+                for record, own in zip(records, files, strict=True):
+                    digest.update(repr((record, list(islice(found, len(own))))).encode())
         return digest.hexdigest()
 
-    @contextmanager
-    def _unchanged(self) -> Iterator[BinaryIO]:
-        """The file, open, if it is the one whose lines' places are known."""
-        with self._open() as file:
-            if _stamp(file.fileno()) != self._stamp:
-                raise DataError(f"{self.path} was changed while in use. Leave it as it is during a run; start again.")
-            yield file
-
-    def _open(self) -> BinaryIO:
+    def _open(self, block: int = LINE_BLOCK) -> BinaryIO:
+        """The file, if it is the one whose lines' places are known; from an address `block` bytes at a time."""
+        if isinstance(self.path, Far):
+            return self.path.open(block, self._watch.check(self.path)[0])
         try:
             if self.path.exists() and not self.path.is_file():
                 raise DataError(f"{self.path} is not a file but a folder or device. Give the path of a JSONL file.")
-            return self.path.open("rb")
+            return self._watch.open(self.path)
         except FileNotFoundError:
             raise DataError(f"{self.path} does not exist. Give the path of a JSONL file.") from None
         except OSError as error:
@@ -191,7 +208,7 @@ class Manifest(Source):
             raise self._wrong(line, f"this is not JSON ({error}). Give one JSON object a line.{hint}") from error
         if not isinstance(fields, dict):
             hint = " (JSONL has no array around its lines)" if isinstance(fields, list) else ""
-            raise self._wrong(line, f"this is a JSON {_kind(fields)}, not an object{hint}. Give one object a line.")
+            raise self._wrong(line, f"this is a JSON {kind_of(fields)}, not an object{hint}. Give one object a line.")
         try:
             return self._record(fields, line)
         except _LineError as error:
@@ -228,42 +245,52 @@ class Manifest(Source):
     def _locate(self, reference: object) -> _Picture:
         """The existing file or embedded bytes that a picture's entry names."""
         if not isinstance(reference, str) or not reference:
-            raise _LineError(f"a picture is given as {_shown(reference)}. Give its path as a text that is not empty.")
+            raise _LineError(f"a picture is given as {shown(reference)}. Give its path as a text that is not empty.")
         if reference.startswith("data:"):
             return _embedded(reference)
         url = _URL.match(reference)
         if url:
             raise _LineError(
-                f"the picture {_shown(reference)} is a {url[1]} address. Nothing is fetched: "
+                f"the picture {shown(reference)} is a {url[1]} address. Nothing is fetched: "
                 "download it and give its path."
             )
         _refuse_surrogates(reference)
         if "\0" in reference:
-            raise _LineError(f"the picture path {_shown(reference)} holds a null character. Mend the path.")
+            raise _LineError(f"the picture path {shown(reference)} holds a null character. Mend the path.")
+        if isinstance(self.path, Far):
+            self._refuse_outside(reference, reference)
+            return self.path.beside(reference)
         path = os.path.realpath(os.path.join(self._folder, reference))
         # Before looking whether it exists: what lies outside is nobody's to learn from a manifest.
         self._refuse_outside(reference, path)
         if os.path.isdir(path) or reference.endswith("/"):
-            raise _LineError(f"the picture {_shown(reference)} is a folder. Give the path of a picture file.")
+            raise _LineError(f"the picture {shown(reference)} is a folder. Give the path of a picture file.")
         if not os.path.isfile(path):
             raise _LineError(
-                f"the picture {_shown(reference)} does not exist. Paths are relative to the manifest's folder."
+                f"the picture {shown(reference)} does not exist. Paths are relative to the manifest's folder."
             )
         return path
 
     def _refuse_outside(self, reference: str, path: str) -> None:
+        if isinstance(self.path, Far):
+            if leads_out(reference):
+                raise _LineError(
+                    f"the picture {shown(reference)} leads out of the manifest's folder. At an address pictures lie beside "
+                    "their manifest: give plain relative paths with '/'."
+                )
+            return
         root = self._image_root
         if root is not None and _inside(path, root):
             return
         if os.path.isabs(reference):
             where = "no image_root is given" if root is None else "it is not in image_root"
             raise _LineError(
-                f"the picture {_shown(reference)} is an absolute path and {where}. Make it relative to the manifest's "
+                f"the picture {shown(reference)} is an absolute path and {where}. Make it relative to the manifest's "
                 "folder, or give the folder that holds the pictures as image_root."
             )
         if not _inside(path, self._folder):
             raise _LineError(
-                f"the picture {_shown(reference)} leads out of the manifest's folder (by '..' or a symbolic link). "
+                f"the picture {shown(reference)} leads out of the manifest's folder (by '..' or a symbolic link). "
                 "Move it into the folder, or, if you trust the manifest, allow the folder that holds the pictures with "
                 "image_root=."
             )
@@ -296,7 +323,7 @@ class _Turns:
             parts = [part for item in content for part in self._from_part(number, item)]
         else:
             raise _LineError(
-                f"turn {number} has a JSON {_kind(content)} as its content. Give a text (or, in 'messages', a list)."
+                f"turn {number} has a JSON {kind_of(content)} as its content. Give a text (or, in 'messages', a list)."
             )
         if role == "system" and any(part["type"] == "image" for part in parts):
             raise _LineError("the system turn holds a picture. Move it into a human turn.")
@@ -345,12 +372,14 @@ class _Turns:
     def _from_part(self, number: int, part: object) -> list[dict[str, str]]:
         """One part of an OpenAI content list."""
         if not isinstance(part, dict):
-            raise _LineError(f"turn {number} holds a JSON {_kind(part)} as a part. A part is an object with a 'type'.")
+            raise _LineError(
+                f"turn {number} holds a JSON {kind_of(part)} as a part. A part is an object with a 'type'."
+            )
         kind = part.get("type")
         if kind == "text":
             text = part.get("text")
             if not isinstance(text, str):
-                raise _LineError(f"turn {number} has a text part whose 'text' is {_shown(text)}. Give a text.")
+                raise _LineError(f"turn {number} has a text part whose 'text' is {shown(text)}. Give a text.")
             return self._from_text(text)
         if kind == "image":
             others = [key for key, value in part.items() if key != "type" and value is not None]
@@ -402,10 +431,10 @@ def _trimmed(parts: list[dict[str, str]]) -> list[dict[str, str]]:
 def _list_of_turns(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
     turns = fields[name]
     if not isinstance(turns, list) or not turns:
-        raise _LineError(f"{name!r} is {_shown(turns)}. Give a list of at least one turn.")
+        raise _LineError(f"{name!r} is {shown(turns)}. Give a list of at least one turn.")
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise _LineError(f"turn {number} is a JSON {_kind(turn)}. A turn is an object.")
+            raise _LineError(f"turn {number} is a JSON {kind_of(turn)}. A turn is an object.")
     return turns
 
 
@@ -428,7 +457,7 @@ def _id(fields: dict[str, Any], line: int) -> str:
         return str(line)
     # bool is a kind of int to Python, but not an id to anyone.
     if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-        raise _LineError(f"'id' is {_shown(given)}. Give a text or a whole number, or leave it out.")
+        raise _LineError(f"'id' is {shown(given)}. Give a text or a whole number, or leave it out.")
     _refuse_surrogates(str(given))
     return str(given)
 
@@ -436,13 +465,13 @@ def _id(fields: dict[str, Any], line: int) -> str:
 def _embedded(url: str) -> bytes:
     header = _DATA_URL.match(url)
     if not header:
-        raise _LineError(f"the picture {_shown(url)} is no data URL of a picture. Write data:image/png;base64,...")
+        raise _LineError(f"the picture {shown(url)} is no data URL of a picture. Write data:image/png;base64,...")
     try:
         data = base64.b64decode(url[header.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _LineError(f"the picture {_shown(url)} is not valid base64 ({error}). Encode it again.") from error
+        raise _LineError(f"the picture {shown(url)} is not valid base64 ({error}). Encode it again.") from error
     if not data:
-        raise _LineError(f"the picture {_shown(url)} holds no bytes. Encode it again.")
+        raise _LineError(f"the picture {shown(url)} holds no bytes. Encode it again.")
     return data
 
 
@@ -452,7 +481,7 @@ def _refuse_surrogates(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise _LineError(
-            f"a text holds half a character ({_shown(text[error.start])}, a lone surrogate). Write it whole or "
+            f"a text holds half a character ({shown(text[error.start])}, a lone surrogate). Write it whole or "
             "remove it."
         ) from None
 
@@ -460,25 +489,3 @@ def _refuse_surrogates(text: str) -> None:
 def _inside(path: str, folder: str) -> bool:
     """Whether a path lies in a folder, both without symbolic links."""
     return path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-def _kind(value: object) -> str:
-    """JSON's name of a parsed value's type."""
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
-def _shown(value: object) -> str:
-    """A value in a message: quoted as in JSON, plain ASCII, cut to a readable length."""
-    try:
-        text = json.dumps(value)
-    except RecursionError:
-        # what was just shallow enough to be read
-        return f"a JSON {_kind(value)} that nests without end"
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
-
-
-def _stamp(file: int | str) -> tuple[int, int]:
-    """Size [bytes] and time of the last change [ns] of a file, by descriptor or path."""
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns

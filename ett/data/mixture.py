@@ -20,8 +20,10 @@ from ett.data.drawing import PROMPT, Drawings, without_prompt
 from ett.data.drawn_scenes import DrawnScenes
 from ett.data.drawn_text import DrawnText
 from ett.data.entries import Lines, Samples
-from ett.data.entry_source import EntrySource, shard_paths
+from ett.data.entry_source import EntrySource
+from ett.data.far import BrokenSource
 from ett.data.manifest import Manifest
+from ett.data.places import shard_paths
 from ett.data.sources import Source
 from ett.data.table import ColumnsConfig, TableSource
 from ett.errors import DataError, RecipeError, UserError
@@ -54,8 +56,9 @@ class SourceConfig:
             or a hub data set).
         weight: share relative to the other sources', > 0.
         split: of a built-in source or a hub data set.
-        path: of the manifest, of one tar, of a folder of tars or a pattern (``shards/train-*.tar``); relative to the working
-            directory. Of a table also an address or a hub name (`TableSource`).
+        path: of the manifest, of one tar, of a folder of tars, a pattern (``shards/train-*.tar``) or numbers in braces
+            (``train-{000..039}.tar``); relative to the working directory, or an address that `fsspec` knows. Of a table also a
+            hub name (`TableSource`).
         columns: of a table.
         image_root: a folder outside the manifest's whose pictures may be read; null allows none.
         limit: use only the first so many examples; null uses all.
@@ -315,12 +318,15 @@ def encode_draw(
 
     Raises:
         DataError: it cannot be used; where the mixture is tolerant, nor can any of `STAND_INS` others.
+        BrokenSource: data that were there are out of reach, or changed; no mixture tolerates that.
     """
     skipped: list[Skipped] = []
     for source, index in mixture.candidates(draw):
         try:
             example = without_prompt(mixture.sources[source][index], drop_prompt, mixture.seed, draw)
             item = processor.encode(example, max_length)
+        except BrokenSource:
+            raise
         except DataError as error:
             if not mixture.tolerant:
                 raise

@@ -1,6 +1,7 @@
 """WebDataset shards as a map: tar files of ``{key}.{extension}`` members, read by position.
 
-A shard is scanned once, header by header; after that a member is one seek and one read. Plain tars stay on disk.
+A shard is scanned once, header by header; after that a member is one seek and one read, or of a shard at an address one request
+for its bytes. Plain tars stay where they are.
 Gzipped ones (``.tar.gz``, told by their first bytes) cannot be entered in the middle: they are unpacked once a process
 and kept in memory, which suits small collections such as the built-in one.
 """
@@ -15,9 +16,11 @@ import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+from ett.data.far import Far
+from ett.data.places import Place, Watch, changed, place
 from ett.errors import DataError
 
 MAX_UNPACKED = 2**30
@@ -34,12 +37,12 @@ class ShardSample:
     """The members of one key.
 
     Attributes:
-        shard: path of the tar.
+        shard: where the tar lies.
         key: member name up to the first dot of its last component, folders included.
         members: extension (lower case, without the leading dot) -> (offset, size) [bytes] in the (unpacked) tar.
     """
 
-    shard: Path
+    shard: Place
     key: str
     members: Mapping[str, tuple[int, int]]
 
@@ -51,17 +54,18 @@ class ShardIndex(Sequence[ShardSample]):
     about 100 bytes a sample; unpacked shards are not pickled.
 
     Args:
-        shards: paths of tars, at least one.
+        shards: paths or addresses of tars, at least one.
 
     Raises:
+        BrokenSource: an address that does not answer.
         DataError: a shard that is missing, no regular file, truncated, damaged or empty, a link, device, sparse file or
             unsafe name in it, or a member that is there twice. The message names the shard and the member.
     """
 
-    def __init__(self, shards: Sequence[str | os.PathLike[str]]) -> None:
+    def __init__(self, shards: Sequence[str | Place]) -> None:
         if not shards:
             raise DataError("No shards given. Give the paths of one or more .tar or .tar.gz files.")
-        self.shards: tuple[Path, ...] = tuple(Path(shard) for shard in shards)
+        self.shards: tuple[Place, ...] = tuple(map(place, shards))
         self.ignored: list[str] = []
         """``shard: member`` for files without an extension, which belong to no sample (README, LICENSE)."""
         self._extensions: list[str] = []
@@ -69,7 +73,9 @@ class ShardIndex(Sequence[ShardSample]):
         self._shard_of = array("i")
         self._first = array("q", [0])
         self._extension_of, self._offsets, self._sizes = array("i"), array("q"), array("q")
-        self._unpacked: dict[Path, bytes] = {}
+        self._unpacked: dict[Place, bytes] = {}
+        self._zipped: set[Place] = set()
+        self._watch = Watch()
         for number, shard in enumerate(self.shards):
             self._scan(number, shard)
 
@@ -92,7 +98,8 @@ class ShardIndex(Sequence[ShardSample]):
         """The bytes of one member.
 
         Raises:
-            DataError: the sample has no such member, or the shard has changed since it was scanned.
+            DataError: the sample has no such member, or the shard is gone.
+            BrokenSource: the shard has changed since it was scanned, or its address does not answer.
         """
         if extension not in sample.members:
             raise DataError(
@@ -100,40 +107,57 @@ class ShardIndex(Sequence[ShardSample]):
                 f"{', '.join('.' + name for name in sample.members)}. Add it, or leave the sample out."
             )
         offset, size = sample.members[extension]
+        if isinstance(sample.shard, Far) and sample.shard not in self._zipped:
+            return self._fetched(sample.shard, offset, size)
         with self._open(sample.shard) as file:
             file.seek(offset)
             content = file.read(size)
         if len(content) != size:
-            raise DataError(
-                f"{sample.shard}: {sample.key}.{extension} ends after {len(content)} of {size} bytes; "
-                "the shard has changed since it was opened. Open it again."
-            )
+            raise changed(sample.shard)
         return content
 
-    def _open(self, shard: Path) -> BinaryIO:
-        """The plain tar bytes of `shard`."""
+    def _fetched(self, shard: Far, offset: int, size: int) -> bytes:
+        """Bytes of a far shard; the header in front of them comes along, which another tar would hardly have there."""
+        self._watch.check(shard)
+        content = shard.read(offset - _BLOCK, offset + size)
         try:
-            if shard in self._unpacked:
-                return io.BytesIO(self._unpacked[shard])
+            same = tarfile.TarInfo.frombuf(content[:_BLOCK], "utf-8", "surrogateescape").size == size
+        except _UNREADABLE:
+            same = False
+        if not same or len(content) != _BLOCK + size:
+            raise changed(shard)
+        return content[_BLOCK:]
+
+    def _open(self, shard: Place) -> BinaryIO:
+        """The plain tar bytes of `shard`."""
+        if shard in self._unpacked:
+            return io.BytesIO(self._unpacked[shard])
+        file = self._open_as_it_is(shard)
+        if file.read(2) != _GZIP_MAGIC:
+            file.seek(0)
+            return file
+        file.close()
+        self._zipped.add(shard)
+        # Two threads may both unpack; either result will do, so nothing is locked (a lock would not survive a fork).
+        self._unpacked[shard] = _unpack(self._open_as_it_is(shard), shard)
+        return io.BytesIO(self._unpacked[shard])
+
+    def _open_as_it_is(self, shard: Place) -> BinaryIO:
+        if isinstance(shard, Far):
+            return shard.open(size=self._watch.check(shard)[0])
+        try:
             # opening a named pipe would wait for ever
             if shard.exists() and not shard.is_file():
                 raise DataError(
                     f"The shard {shard} is not a file but a folder or device. Give the path of a tar, or remove it."
                 )
-            file = shard.open("rb")
-            if file.read(2) != _GZIP_MAGIC:
-                file.seek(0)
-                return file
-            file.close()
+            return self._watch.open(shard)
         except OSError as error:
             raise DataError(
                 f"Cannot read the shard {shard}: {error.strerror}. Check the path and permissions."
             ) from error
-        # Two threads may both unpack; either result will do, so nothing is locked (a lock would not survive a fork).
-        self._unpacked[shard] = _unpack(shard)
-        return io.BytesIO(self._unpacked[shard])
 
-    def _scan(self, number: int, shard: Path) -> None:
+    def _scan(self, number: int, shard: Place) -> None:
         found: dict[str, dict[str, tuple[int, int]]] = {}
         with self._open(shard) as file:
             for member in _members(file, shard):
@@ -159,9 +183,9 @@ class ShardIndex(Sequence[ShardSample]):
             self._first.append(len(self._offsets))
 
 
-def _unpack(shard: Path) -> bytes:
+def _unpack(file: BinaryIO, shard: Place) -> bytes:
     try:
-        with gzip.open(shard) as zipped:
+        with file, gzip.open(file) as zipped:
             content = zipped.read(MAX_UNPACKED + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
@@ -175,7 +199,7 @@ def _unpack(shard: Path) -> bytes:
     return content
 
 
-def _members(file: BinaryIO, shard: Path) -> Iterator[tarfile.TarInfo]:
+def _members(file: BinaryIO, shard: Place) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar, each proven to lie wholly inside it, up to its end mark."""
     last = "its start"
     length = file.seek(0, os.SEEK_END)
@@ -206,11 +230,11 @@ def _members(file: BinaryIO, shard: Path) -> Iterator[tarfile.TarInfo]:
         raise DataError(_damaged(shard, f"no header and no end mark after {last}"))
 
 
-def _damaged(shard: Path, what: str) -> str:
+def _damaged(shard: Place, what: str) -> str:
     return f"The shard {shard} is truncated or damaged: {what}. Copy or download it again."
 
 
-def _refuse_unsafe(member: tarfile.TarInfo, shard: Path) -> None:
+def _refuse_unsafe(member: tarfile.TarInfo, shard: Place) -> None:
     path = PurePosixPath(member.name)
     if member.issparse() or any(name.startswith("GNU.sparse.") for name in member.pax_headers):
         raise DataError(

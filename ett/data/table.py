@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ett.data.places import Place, is_address, named
 from ett.data.sources import Source, conversation
 from ett.errors import DataError, unknown
 from ett.images import load_image
@@ -171,6 +172,12 @@ def _pictures(value: Any, column: str) -> list[bytes]:
     return found
 
 
-def files_of(path: str) -> list[Path]:
-    """The files on this machine that `path` names; none for addresses and hub data sets."""
+def files_of(path: str) -> list[Place]:
+    """The files that `path` names; none for hub data sets.
+
+    Raises:
+        DataError: an address cannot be listed. BrokenSource: it does not answer.
+    """
+    if is_address(path):
+        return named(path)
     return [Path(each) for each in sorted(glob.glob(path))] if PurePosixPath(path).suffix in BUILDERS else []

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ett import __version__
-from ett.data.entry_source import shard_paths
+from ett.data.far import BLOCK, Far
+from ett.data.places import Place, place, shard_paths, stamps
 from ett.data.table import files_of
 from ett.errors import ModelError, RecipeError
 from ett.experiments.recipe import Recipe, dump_recipe, load_recipe
@@ -121,8 +122,9 @@ class RunFolder:
 
     def _check_same(self) -> None:
         """A resumed run continues the same recipe on the same data; anything else would not be what an uninterrupted run gives.
-        How many processes load data, how they share the weights, who tracks the run, what watches its health and how many
-        examples may be skipped may change: up to a fault, and to the order of sums, no weight depends on them."""
+        How many processes load data, how they share the weights, how long they wait for each other, who tracks the run, what
+        watches its health and how many examples may be skipped may change: up to a fault, and to the order of sums, no weight
+        depends on them."""
         written = self.path / RECIPE_NAME
         before, now = (_comparable(recipe) for recipe in (load_recipe(written), self.recipe))
         if before != now:
@@ -139,8 +141,9 @@ class RunFolder:
                 f"{self.path / MARKER_NAME} is damaged ({type(error).__name__}), so nothing tells whether the data are "
                 "still those of the run. Put back a copy, or start anew with --overwrite."
             ) from error
+        hashes = _manifest_hashes(self.recipe)
         for name, expected in manifests.items():
-            if _manifest_hashes(self.recipe).get(name) != expected:
+            if hashes.get(name) != expected:
                 raise RecipeError(
                     f"{name} has changed since {self.path} was started, so the run cannot be continued exactly. Restore the "
                     "file, or start anew with --overwrite."
@@ -149,11 +152,12 @@ class RunFolder:
 
 def _comparable(recipe: Recipe) -> str:
     stages = tuple(replace(stage, health=HealthConfig()) for stage in recipe.stages)
-    return dump_recipe(replace(recipe, stages=stages, num_workers=0, sharding="ddp", max_bad_samples=0, trackers=()))
+    free = replace(recipe, num_workers=0, sharding="ddp", rank_timeout=1.0, max_bad_samples=0, trackers=())
+    return dump_recipe(replace(free, stages=stages))
 
 
 def _manifest_hashes(recipe: Recipe) -> dict[str, str]:
-    """Of every manifest a hash of its content, of other files one of their names, sizes and times of change."""
+    """Of every manifest a hash of its content, of other files one of their names, sizes and times of change (or versions)."""
     stages = (source for stage in recipe.stages for source in stage.data or ())
     sources = [*recipe.data, *stages, *(recipe.evaluation.data or ())]
     stored = {(source.path, source.source) for source in sources if source.path is not None}
@@ -165,13 +169,17 @@ def _manifest_hashes(recipe: Recipe) -> dict[str, str]:
 
 
 def _hash_of_content(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    where = place(path)
+    with where.open() if isinstance(where, Far) else where.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _hash_of_stats(files: Sequence[Path]) -> str:
-    stats = [(file.name, file.stat()) for file in files]
-    return hashlib.sha256(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()).hexdigest()
+def _hash_of_stats(files: Sequence[Place]) -> str:
+    found = [(file.name, *(its_stamp or ())) for file, its_stamp in zip(files, stamps(files), strict=True)]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def _holds_weights(folder: Path) -> bool:

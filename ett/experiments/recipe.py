@@ -24,6 +24,9 @@ SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.
 """Recipes that come with the package (inside the wheel, or beside the package in a clone)."""
 
 
+MAX_TIMEOUT = 1e6
+"""Seconds; eleven days."""
+
 ARM_PREFIX = "arm:"
 """``arm:NAME`` in place of a path starts from what that arm of the same comparison ended with, with the same seed."""
 
@@ -78,6 +81,8 @@ class Recipe:
         num_workers: loader processes per rank.
         sharding: what several processes hold: "ddp", each the whole model; "fsdp", each its part of weights, gradients and
             optimizer (FSDP2). The numbers are the same, so a run may be continued with the other.
+        rank_timeout: seconds, >= 1, that a process of several waits for the others before it takes them for lost and the run
+            ends: longer than the first process ever writes or checks a checkpoint.
         max_bad_samples: examples of a stage that cannot be used (a broken picture, an empty caption, a damaged shard as one)
             and are skipped: each is counted once and named, and another of its source stands in. 0 ends at the first, and looks
             through manifests before anything trains.
@@ -93,6 +98,7 @@ class Recipe:
     precision: Literal["fp32", "bf16"] = "bf16"
     num_workers: int = 1
     sharding: Sharding = "ddp"
+    rank_timeout: float = 600.0
     max_bad_samples: int = 0
     trackers: tuple[str, ...] = ("tensorboard",)
 
@@ -101,6 +107,7 @@ class Recipe:
         require(len(self.stages) >= 1, "stages", self.stages, "a non-empty list")
         require(len(self.data) >= 1, "data", self.data, "a non-empty list of sources")
         require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        require(1 <= self.rank_timeout <= MAX_TIMEOUT, "rank_timeout", self.rank_timeout, f"in [1, {MAX_TIMEOUT:g}]")
         require(self.max_bad_samples >= 0, "max_bad_samples", self.max_bad_samples, "0 or more")
         if self.max_bad_samples and any(stage.cached_codes for stage in self.stages):
             raise RecipeError("cached_codes needs data in which nothing is wrong; leave it out, or max_bad_samples.")

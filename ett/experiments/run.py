@@ -17,13 +17,16 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
+from ett.allocator import keep_freed_memory
 from ett.config import to_mapping
 from ett.data.mixture import STORED, Mixture, SourceConfig, build_mixture
 from ett.errors import DataError, RecipeError
@@ -47,8 +50,10 @@ from ett.signals import noted_signals
 from ett.tokenizers import VisionTokenizer
 from ett.train.cached import cached_data
 from ett.train.checkpoint import checkpoint_folders, publish
+from ett.train.critics import Critics
 from ett.train.failures import explained
 from ett.train.feed import StageData, encode_all, split_batch
+from ett.train.inheritance import Inheritance, find_discriminator, read_inheritance
 from ett.train.log import RunLog
 from ett.train.loop import Interrupted, Stage
 from ett.train.stages import StageConfig, check_parts
@@ -87,6 +92,8 @@ class Run:
             UserError: what the user can mend, a full disk or a lost process included.
         """
         accelerator = self._accelerator()
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         with explained(self.folder.path, accelerator.num_processes):
             return self._train(accelerator)
 
@@ -131,16 +138,20 @@ class Run:
             data = cached_data(data, sources, config, name, model.vision_tokenizer, codes, accelerator, log)
         # every rank drops out units of its own
         torch.manual_seed(_stage_seed(self.recipe.seed, k) + 1 + RANK_SEEDS * accelerator.process_index)
-        stage = Stage(config, name, model, data, accelerator, log, self.folder.checkpoints, self.recipe.sharding)
+        inherited = self._inheritance(k)
+        checkpoints, sharding = self.folder.checkpoints, self.recipe.sharding
+        stage = Stage(config, name, model, data, accelerator, log, checkpoints, sharding, inherited)
         stage.resume()
         order = {each: i for i, each in enumerate(self.recipe.stage_names)}
-        log.forget_after(order, name, stage.step)
+        log.forget_after(order, name, stage.step, stage.undone.validation)
+        if stage.step == 0 and stage.critics is not None and inherited is not None:
+            log.inherited(name, inherited.source)
         log.start_stage(sum(earlier.steps for earlier in self.recipe.stages[:k]))
         # a signal that comes when the last step is done waits until the stage's model is saved
         with noted_signals(second_one_stops=True) as received:
             stage.run(received)
             if accelerator.is_main_process:
-                self._save_stage(k, model, processor)
+                self._save_stage(k, model, processor, stage.critics)
                 self._clear_up(k)
             accelerator.wait_for_everyone()
         accelerator.free_memory()
@@ -148,6 +159,26 @@ class Run:
         number = max(gather_object([received[0] if received else 0]))
         if number:
             raise Interrupted(config.steps, number)
+
+    def _inheritance(self, k: int) -> Inheritance | None:
+        """The discriminator that stage `k` goes on with: an earlier stage's, else one that came with the recipe's model.
+
+        Raises:
+            ModelError: its file is damaged. RecipeError: it has another shape than the stage's.
+        """
+        config = self.recipe.stages[k]
+        if not _plays(config) or not config.discriminator.inherit:
+            return None
+        spec = self.recipe.model
+        given = spec.init or spec.vision_tokenizer.get("path")
+        found = find_discriminator(self.folder.stage(k - 1)) if k > 0 else None
+        if found is None and given is not None:
+            found = find_discriminator(resolve_model_folder(find_weights(given)))
+        if found is None:
+            return None
+        inherited = read_inheritance(found)
+        inherited.check(config.discriminator)
+        return inherited
 
     def _clear_up(self, k: int) -> None:
         """Drop what only the training of stage `k` needed."""
@@ -189,7 +220,11 @@ class Run:
         return StageData(mixture, validation, processor, self.recipe.num_workers, max_length, bad)
 
     def _save_stage(
-        self, k: int, model: EttForConditionalGeneration | VisionTokenizer, processor: EttProcessor
+        self,
+        k: int,
+        model: EttForConditionalGeneration | VisionTokenizer,
+        processor: EttProcessor,
+        critics: Critics | None,
     ) -> None:
         target = self.folder.stage(k)
         work = target.with_name(f".{target.name}.tmp")
@@ -206,6 +241,8 @@ class Run:
                     model.config.losses = to_mapping(self.recipe.stages[k].loss_config)
                 model.save_pretrained(work)
                 processor.save_pretrained(work)
+            if critics is not None:
+                critics.save(work)
             publish(work, target)
         finally:
             # published, it is gone; left half done by a full disk, it takes room
@@ -224,12 +261,14 @@ class Run:
         # a process may train several recipes; the library keeps the first one's precision for good
         AcceleratorState._reset_state(reset_partial_state=False)
         try:
+            limit = InitProcessGroupKwargs(timeout=timedelta(seconds=self.recipe.rank_timeout))
             return Accelerator(
                 # without a word, several processes on CPUs would each take themselves for the only one
                 cpu=not torch.accelerator.is_available(),
                 mixed_precision="bf16" if self.recipe.precision == "bf16" else "no",
                 log_with=list(self.recipe.trackers) or None,
                 project_dir=str(self.folder.path),
+                kwargs_handlers=[limit],
             )
         except ValueError as error:
             raise RecipeError(f"This machine cannot run the recipe's trackers or precision: {error}") from error
@@ -252,6 +291,22 @@ class Run:
                 )
         validation_mixture(self.recipe.evaluation, self.recipe.data, self.recipe.seed)
         check_model(self.recipe.model)
+        self._check_discriminators()
+
+    def _check_discriminators(self) -> None:
+        """Each stage that plays the game must be able to go on with the discriminator of the one before."""
+        playing = [k for k, stage in enumerate(self.recipe.stages) if _plays(stage)]
+        for before, k in pairwise(playing):
+            one, other = (self.recipe.stages[i].discriminator for i in (before, k))
+            if other.inherit and (one.channels, one.strided_layers) != (other.channels, other.strided_layers):
+                names = self.recipe.stage_names
+                raise RecipeError(
+                    f"Stage {names[k]} goes on with the discriminator of stage {names[before]}, which has channels "
+                    f"{one.channels} and strided_layers {one.strided_layers}, and asks for {other.channels} and "
+                    f"{other.strided_layers}. Give both the same, or set stages.{names[k]}.discriminator.inherit to false."
+                )
+        if playing and (self.folder.overwrite or self.folder.finished <= playing[0]):
+            self._inheritance(playing[0])
 
 
 def validation_mixture(evaluation: EvaluationConfig, trained: Sequence[SourceConfig], seed: int) -> Mixture | None:
@@ -325,6 +380,11 @@ def _check_examples(mixture: Mixture, config: StageConfig, processor: EttProcess
             f"Stage {config.stage}: none of the first {PROBED_DRAWS} examples has an answer (an assistant or gpt turn), so "
             "there is nothing to learn. Check the data."
         )
+
+
+def _plays(config: StageConfig) -> bool:
+    """Whether a stage has a discriminator."""
+    return config.loss_config.adversarial_weight > 0 and Critics.wanted(config.loss_config)
 
 
 def _stage_seed(seed: int, k: int) -> int:

@@ -25,6 +25,9 @@ from ett.train.log import RunLog
 from ett.train.loop import Interrupted
 from ett.train.stages import StageConfig
 
+MEETING = 16
+"""Batches of codes after which processes wait for each other."""
+
 
 def cached_data(
     data: StageData,
@@ -76,6 +79,8 @@ def _fill(
 ) -> None:
     rank, world = accelerator.process_index, accelerator.num_processes
     own = [np.array_split(positions, world)[rank] for positions in missing]
+    largest = [-(-len(positions) // world) for positions in missing]
+    meeting = 1 if world == 1 else MEETING
     done, total = 0, sum(map(len, own))
     bar = tqdm(
         total=total,
@@ -85,20 +90,22 @@ def _fill(
         dynamic_ncols=True,
     )
     with noted_signals(second_one_stops=True) as received, bar:
-        for config, source, positions in zip(configs, mixture.sources, own, strict=True):
+        for config, source, positions, most in zip(configs, mixture.sources, own, largest, strict=True):
             filling = cache.fill(config, source, positions, batch_size=batch_size, num_workers=num_workers)
+            # shares differ by one example at most: so many batches has the largest
+            turns = -(-most // batch_size)
             with closing(filling):
-                for count in filling:
-                    done += count
-                    bar.update(count)
-                    log.encoding(name, done, total)
-                    if received:
-                        break
-            if received:
-                break
-    stopped = torch.tensor(float(bool(received)), device=accelerator.device)
-    if bool(accelerator.reduce(stopped) > 0):
-        raise Interrupted(0, received[0] if received else signal.SIGTERM)
+                for turn in range(1, turns + 1):
+                    count = next(filling, 0)
+                    if count:
+                        done += count
+                        bar.update(count)
+                        log.encoding(name, done, total)
+                    # one that is ahead waits here, never long, and a signal to any of them stops all
+                    if turn % meeting == 0 or turn == turns:
+                        stopped = torch.tensor(float(bool(received)), device=accelerator.device)
+                        if bool(accelerator.reduce(stopped) > 0):
+                            raise Interrupted(0, received[0] if received else signal.SIGTERM)
 
 
 def _coded(item: Encoded, tokenizer: VisionTokenizer) -> Encoded:

@@ -20,6 +20,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _LOST = re.compile(
     r"closed by peer|connection reset|broken pipe|timed? ?out|connection refused|remote process exited", re.I
 )
+_WAITED = re.compile(r"timed? ?out", re.I)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -52,9 +53,11 @@ def explained(out: Path, world_size: int) -> Iterator[None]:
                 f"killed, or a file crashed its decoder. {GO_ON} With num_workers=0 the picture at fault is read in the open."
             ) from error
         if world_size > 1 and (isinstance(error, DistError) or _LOST.search(str(error))):
+            reason = str(error).splitlines()[0][:200]
+            slow = " Or it was only slow: the recipe's rank_timeout says how long it is waited for."
             raise RunFailure(
-                f"Another process of this run ended or is out of reach ({str(error).splitlines()[0][:200]}). Its own message "
-                f"says why; without one it was killed. {GO_ON}"
+                f"Another process of this run ended or is out of reach ({reason}). Its own message says why; without one it "
+                f"was killed, or its machine is lost.{slow if _WAITED.search(str(error)) else ''} {GO_ON}"
             ) from error
         raise
 

@@ -28,24 +28,35 @@ class RunLog:
     Events: ``step`` (losses unweighted by name, gradient norm, learning rates, images_per_second), ``validation`` (the same
     names), ``reach`` (gradient norms of the caption loss by part), ``codes_placed`` (mean squared distance of features to their
     nearest code), ``codes_cached`` (examples encoded before the first step), ``health`` (values and gradient norms by place and
-    loss, `ett.train.measures`), ``warning`` (kind, message), ``ends_with`` (best_step: whose weights the stage ends with).
-    Each carries stage, step and seconds since the epoch.
+    loss, `ett.train.measures`), ``warning`` (kind, message), ``inherited`` (file of the discriminator that goes on),
+    ``ends_with`` (best_step: whose weights the stage ends with). Each carries stage, step and seconds since the epoch.
+
+    Attributes:
+        health_now: the stage's last measurement of health in a few words, for a line of progress; "" before the first.
     """
 
     def __init__(self, directory: Path, tracker: Tracker, main: bool = True, quiet: bool = False) -> None:
         self.path, self.tracker, self.main = directory / LOG_NAME, tracker, main
         self.quiet = quiet
         self.plain = main and not quiet and not sys.stderr.isatty()
+        self.health_now = ""
         self._warned: set[tuple[str, str]] = set()
         self._offset = 0
         self._last_line = 0.0
 
-    def forget_after(self, stage_order: Mapping[str, int], stage: str, step: int) -> None:
-        """Drop events that a resumed run will write again: later steps of `stage`, and later stages."""
+    def forget_after(self, stage_order: Mapping[str, int], stage: str, step: int, undone: bool = False) -> None:
+        """Drop events that a resumed run will write again: later steps of `stage`, and later stages; where the validation of
+        `step` was left `undone`, that and the measurement after it too."""
         if not self.main or not self.path.is_file():
             return
         position = (stage_order[stage], step)
         kept = [e for e in read_log(self.path) if (stage_order.get(e["stage"], -1), e["step"]) <= position]
+        if undone:
+            kept = [
+                e
+                for e in kept
+                if (e["stage"], e["step"]) != (stage, step) or e["event"] not in ("validation", "health")
+            ]
         work = self.path.with_suffix(".tmp")
         work.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
         work.replace(self.path)
@@ -53,7 +64,7 @@ class RunLog:
 
     def start_stage(self, offset: int) -> None:
         """Steps of all stages before this one: trackers get one running step."""
-        self._offset = offset
+        self._offset, self.health_now = offset, ""
 
     def step(
         self,
@@ -80,7 +91,9 @@ class RunLog:
         if self.plain and (now - self._last_line > LINE_SECONDS or step == steps):
             self._last_line = now
             shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            print(f"{stage} {step}/{steps}  {shown}  {images_per_second:.1f} images/s", file=sys.stderr, flush=True)
+            health = f"  {self.health_now}" if self.health_now else ""
+            line = f"{stage} {step}/{steps}  {shown}{health}  {images_per_second:.1f} images/s"
+            print(line, file=sys.stderr, flush=True)
 
     def validation(self, stage: str, step: int, losses: Mapping[str, float]) -> None:
         if not losses:
@@ -109,6 +122,9 @@ class RunLog:
         """Mirror a measurement of `ett.train.health`; what is not finite is null."""
         norms = {place: _finite_or_none(terms) for place, terms in gradient_norms.items()}
         self._write("health", stage, step, values=_finite_or_none(values), gradient_norms=norms)
+        self.health_now = _health_in_short(values)
+        if self.plain:
+            print(f"{stage} {step}  health: {self.health_now}", file=sys.stderr, flush=True)
         shown = {**values}
         for place, terms in gradient_norms.items():
             shown |= {f"gradient_{place}/{name}": norm for name, norm in terms.items()}
@@ -122,6 +138,10 @@ class RunLog:
         self._write("warning", stage, step, kind=kind, message=message)
         if self.main and not self.quiet:
             tqdm.write(f"Warning ({stage}, step {step}): {message}", file=sys.stderr)
+
+    def inherited(self, stage: str, source: Path) -> None:
+        """The stage goes on with the discriminator in file `source`."""
+        self._write("inherited", stage, 0, discriminator=str(source))
 
     def ends_with(self, stage: str, step: int, best: int) -> None:
         """The stage's weights are those of step `best`, the best validation's."""
@@ -138,6 +158,30 @@ class RunLog:
 
     def _track(self, values: dict[str, Any], step: int) -> None:
         self.tracker.log(values, step=self._offset + step)
+
+
+def progress(values: Mapping[str, float], rate: float, health: str = "") -> str:
+    """What a progress bar says of a step: the losses that matter most, how healthy the tokenizer is, images a second."""
+    short = {
+        "loss": "loss",
+        "caption_loss": "cap",
+        "image_loss": "image",
+        "reconstruction_loss": "rec",
+        "quantization_loss": "quant",
+    }
+    shown = [f"{label} {values[name]:.3f}" for name, label in short.items() if name in values]
+    return ", ".join([*shown, *([health] if health else []), f"{rate:.1f} img/s"])
+
+
+def _health_in_short(values: Mapping[str, float]) -> str:
+    """Codes in use and their perplexity, the index softmax's largest mass; what was not measured is left out."""
+    wanted = {
+        "codes_in_use": "{:.0f} codes",
+        "index_perplexity": "perplexity {:.0f}",
+        "top1_mass": "top-1 {:.2f}",
+        "indices_changed": "{:.0%} changed",
+    }
+    return ", ".join(form.format(values[name]) for name, form in wanted.items() if name in values)
 
 
 def _finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:

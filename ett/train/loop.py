@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ett.data.mixture import encode_draw
 from ett.errors import RecipeError
-from ett.losses.joint import TermMeans, whole_loss
+from ett.losses.joint import whole_loss
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.packing import check_packable
 from ett.model.processing import Encoded
@@ -33,7 +33,8 @@ from ett.train.compilation import compile_parts
 from ett.train.critics import Critics
 from ett.train.feed import BadSamples, StageData, split_batch, steps_of
 from ett.train.health import BackOffs, HealthMonitor, fixed_batches
-from ett.train.log import RunLog
+from ett.train.inheritance import Inheritance
+from ett.train.log import RunLog, progress
 from ett.train.measures import undisturbed
 from ett.train.objectives import (
     DecoderObjective,
@@ -51,11 +52,12 @@ from ett.train.stages import (
     StageConfig,
     caption_reach,
     check_reach,
-    part_of,
+    modules_by_part,
     set_trainable,
     train_decoder,
     train_mode,
 )
+from ett.train.validation import Measured, Undone, mean_terms
 from ett.types import Batch
 
 WHOLE = ("loss", "caption_loss", "soft_caption_loss", "image_loss", "alpha")
@@ -89,6 +91,7 @@ class Stage:
         log: RunLog,
         checkpoints: Path,
         sharding: Sharding = "ddp",
+        inherited: Inheritance | None = None,
     ) -> None:
         if config.quantize_after:
             _check_placeable(model)
@@ -114,7 +117,7 @@ class Stage:
             if config.gradient_checkpointing:
                 _checkpoint_activations(model.language_model)
             objective = JointObjective(model)
-            parts = _modules_by_part(model)
+            parts = modules_by_part(model)
         if config.compile:
             compile_parts(self.model)
         self.micro_batch, self.accumulation = split_batch(config, accelerator.num_processes)
@@ -123,7 +126,7 @@ class Stage:
         if Critics.wanted(self.losses):
             rates = config.optimizer.learning_rates
             peak = rates.get("vision_tokenizer", config.optimizer.learning_rate)
-            self.critics = Critics(self.losses, config.discriminator, peak, accelerator, self._tokenizer)
+            self.critics = Critics(self.losses, config.discriminator, peak, accelerator, self._tokenizer, inherited)
         # before a checkpoint is loaded: drift is measured from the weights that the stage began with
         self.health = self._health_monitor()
         sharded = sharding == "fsdp" and accelerator.num_processes > 1
@@ -136,7 +139,8 @@ class Stage:
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.back_offs = BackOffs(config.health, name, log)
         self.bad_samples = BadSamples(data, name, log, accelerator)
-        optional = ("back_offs", "bad_samples")
+        self.undone = Undone()
+        optional = ("back_offs", "bad_samples", "undone")
         optimizer = self.optimizer.optimizer
         self.saver = Saver(checkpoints, name, self.model, optimizer, self._extras, optional, accelerator)
         self._received: list[int] = []
@@ -149,6 +153,7 @@ class Stage:
     def _extras(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside weights, optimizer and random states."""
         extras: dict[str, Stateful] = {"back_offs": self.back_offs, "bad_samples": self.bad_samples}
+        extras["undone"] = self.undone
         if self.critics is not None:
             extras["critics"] = self.critics
         if self.balance is not None:
@@ -196,7 +201,10 @@ class Stage:
             self.bad_samples.begin(self.step)
             started, seen = time.monotonic(), 0
             stopped, validation_loss = False, None
-            for fed in steps_of(self.data, config, self.step, self.accelerator, self._stopped_alone):
+            if self.undone.validation:
+                stopped, validation_loss = self._look_back()
+                self._keep(validation_loss)
+            for fed in () if stopped else steps_of(self.data, config, self.step, self.accelerator, self._stopped_alone):
                 self.bad_samples.note(self.step, fed.skipped)
                 if self.step == 0 and config.stage != "decoder" and isinstance(self.model, EttForConditionalGeneration):
                     self._check_freezing(fed.micro_batches)
@@ -215,21 +223,11 @@ class Stage:
                     values = {name: float(value) for name, value in losses.items()}
                     rate = seen / (time.monotonic() - started)
                     self.log.step(self.name, self.step, config.steps, values, norm, self._rates(), rate)
-                    bar.set_postfix_str(_postfix(values, rate))
-                validates = last or (config.validate_every is not None and self.step % config.validate_every == 0)
-                measured = self.validate() if validates else {}
-                # without codes it is another loss, and weights that no stage may end with
-                validation_loss = measured.get("loss") if self._codes_are_placed else None
-                self.log.validation(self.name, self.step, measured)
-                if self.health is not None and self.health.due(self.step, config.steps, validates):
-                    with gathered(self.objective):
-                        self.health.measure(self.step)
-                if self._stop_requested():
-                    stopped = True
+                    bar.set_postfix_str(progress(values, rate, self.log.health_now))
+                stopped, validation_loss = self._look_back()
+                if stopped:
                     break
-                due = config.checkpoint_every is not None and self.step % config.checkpoint_every == 0
-                if (due and not last) or self._is_best(validation_loss):
-                    self.save(validation_loss)
+                self._keep(validation_loss)
             if stopped or self.step < config.steps:
                 self.save(validation_loss)
                 self.saver.settle()
@@ -240,30 +238,61 @@ class Stage:
             self.average.apply()
         merge(self.model, self.accelerator.is_main_process)
 
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Every loss term on the validation examples, by the names used in training; modes and random states are left alone.
+    def _look_back(self) -> tuple[bool, float | None]:
+        """Validate the last step and measure the tokenizer's health, where they are due.
 
-        Each is a mean over all of its tokens or pictures, and ``loss`` their weighted sum. The adversarial term is not in that
-        sum: what it says changes with the discriminator. Where weights are averaged, the average is measured: it is what the
-        stage ends with.
+        Returns:
+            (whether a signal came, the loss that weights are chosen by, None where there is none).
+        """
+        config = self.config
+        every = config.validate_every
+        validates = self.step == config.steps or (every is not None and self.step % every == 0)
+        measured = self.validate() if validates else {}
+        self.undone.validation = measured is None
+        if measured is None:
+            return True, None
+        self.log.validation(self.name, self.step, measured)
+        if self.health is not None and self.health.due(self.step, config.steps, validates):
+            with gathered(self.objective):
+                self.health.measure(self.step)
+        # without codes it is another loss, and weights that no stage may end with
+        return self._stop_requested(), measured.get("loss") if self._codes_are_placed else None
+
+    def _keep(self, validation_loss: float | None) -> None:
+        """Save the last step, where a checkpoint is due or the stage may end with it."""
+        every = self.config.checkpoint_every
+        due = every is not None and self.step % every == 0 and self.step < self.config.steps
+        if (due or self._is_best(validation_loss)) and not self.back_offs.in_doubt:
+            self.save(validation_loss)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float] | None:
+        """Every loss term on the validation examples, by the names used in training; modes and random states are left alone.
+        None where a signal came meanwhile.
+
+        Processes share the work, a micro-batch at a time. Each term is a mean over all of its tokens or pictures, and ``loss``
+        their weighted sum. The adversarial term is not in that sum: what it says changes with the discriminator. Where weights
+        are averaged, the average is measured: it is what the stage ends with.
         """
         if not self.data.validation:
             return {}
-        found = TermMeans()
+        starts = range(0, len(self.data.validation), self.micro_batch)
+        batches = [self.data.validation[start : start + self.micro_batch] for start in starts]
         with undisturbed(self.objective), nullcontext() if self.average is None else self.average.applied():
-            for start in range(0, len(self.data.validation), self.micro_batch):
-                batch = self._collate(list(self.data.validation[start : start + self.micro_batch]))
-                supervised, drawn = batch.num_supervised, batch.num_drawn
-                shares = Shares(float(max(1, supervised)), 1.0, float(max(1, drawn)))
-                _, losses, reconstruction = self._objective(batch, shares, quantized=self._codes_are_placed)
-                if self.critics is not None and reconstruction is not None and len(reconstruction) > 0:
-                    losses |= self.critics.measure(reconstruction, batch.pixel_values, self.step)
-                terms = {name: float(value) for name, value in losses.items()}
-                found.add(terms, supervised=supervised, drawn=drawn, images=batch.num_images)
+            means = mean_terms(batches, self._measured, self.accelerator, self._stop_requested)
             release(self.objective)
-        means = found.means()
+        if means is None:
+            return None
         return {"loss": whole_loss(means, replace(self.losses, adversarial_weight=0.0), self._alpha), **means}
+
+    def _measured(self, items: Sequence[Encoded]) -> Measured:
+        batch = self._collate(items)
+        supervised, drawn = batch.num_supervised, batch.num_drawn
+        shares = Shares(float(max(1, supervised)), 1.0, float(max(1, drawn)))
+        _, losses, reconstruction = self._objective(batch, shares, quantized=self._codes_are_placed)
+        if self.critics is not None and reconstruction is not None and len(reconstruction) > 0:
+            losses |= self.critics.measure(reconstruction, batch.pixel_values, self.step)
+        return Measured.of(losses, batch)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -417,7 +446,7 @@ class Stage:
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def _collate(self, items: Sequence[Encoded]) -> Batch:
-        batch = self.data.processor.collate(items, packing=self.config.packing)
+        batch = self.data.processor.collate(list(items), packing=self.config.packing)
         return batch.to(self.accelerator.device)
 
     def _check_freezing(self, batches: list[Batch]) -> None:
@@ -468,31 +497,3 @@ def _check_placeable(model: nn.Module) -> None:
         raise RecipeError(
             f"quantize_after places codes by k-means, which {type(quantizer).__name__} has not. Set it to 0."
         )
-
-
-def _modules_by_part(model: EttForConditionalGeneration) -> dict[str, nn.Module]:
-    projector: dict[str, nn.Module] = {"projector": model.projector}
-    if model.index_embedding is not None:
-        # the name tells the optimizer that this is a table, which does not decay
-        projector["index_embedding"] = model.index_embedding
-    parts: dict[str, nn.Module] = {
-        "vision_tokenizer": model.vision_tokenizer,
-        "projector": nn.ModuleDict(projector),
-        "language_model": model.language_model,
-    }
-    if model.image_head is not None:
-        parts["image_head"] = model.image_head
-    assert {part_of(name) for name, _ in model.named_parameters()} == set(parts)
-    return parts
-
-
-def _postfix(values: Mapping[str, float], rate: float) -> str:
-    short = {
-        "loss": "loss",
-        "caption_loss": "cap",
-        "image_loss": "image",
-        "reconstruction_loss": "rec",
-        "quantization_loss": "quant",
-    }
-    shown = [f"{label} {values[name]:.3f}" for name, label in short.items() if name in values]
-    return ", ".join([*shown, f"{rate:.1f} img/s"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ett.generate.fidelity import psnr
@@ -134,11 +135,19 @@ class JointObjective(nn.Module):
         )
         assert output.loss is not None
         assert output.losses is not None
-        if loss_config.soft_caption_weight == 0 or batch.num_images == 0 or batch.image_indices is not None:
+        shown = batch.num_images > 0
+        if loss_config.soft_caption_weight == 0 or batch.image_indices is not None or not (shown or _several()):
             return ObjectiveOutput(output.loss, output.losses, output.reconstruction)
         soft = soft_caption_loss(self.model, batch, loss_config.soft_temperature, shares.num_supervised)
+        if not shown:
+            # ranks wait for each other in the language model: one without pictures runs it too, and it counts nothing
+            soft = soft * 0.0
         loss = output.loss + loss_config.soft_caption_weight * soft
         return ObjectiveOutput(loss, output.losses | {"soft_caption_loss": soft}, output.reconstruction)
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def soft_caption_loss(

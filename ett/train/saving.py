@@ -62,6 +62,7 @@ class Saver:
         self.model, self.optimizer, self.extras, self.optional = model, optimizer, extras, optional
         self.best = math.inf
         self._saved: int | None = None
+        self._with_loss = False
         self._writing: Future[Checkpoint] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -99,18 +100,20 @@ class Saver:
         load_checkpoint(found, self.model, self.optimizer, self.extras, self.optional, rank)
         best = best_of(list_checkpoints(self.directory, self.stage))
         self.best = math.inf if best is None else best.validation_loss
-        self._saved = found.step
+        self._saved, self._with_loss = found.step, math.isfinite(found.validation_loss)
         return found.step
 
     def save(self, step: int, validation_loss: float | None = None) -> None:
-        """Begin to write a checkpoint of `step` finished steps, once the one before is on the disk.
+        """Begin to write a checkpoint of `step` finished steps, once the one before is on the disk; one that is there stays.
 
         Raises:
             CheckpointError: the one before could not be written.
         """
         self.settle()
-        if step == self._saved:
+        # a step that was saved before its validation is saved again with the loss
+        if step == self._saved and (validation_loss is None or self._with_loss):
             return
+        self._with_loss = validation_loss is not None
         states = gather_object([random_state()])
         if validation_loss is not None and not math.isfinite(validation_loss):
             validation_loss = None
@@ -140,7 +143,7 @@ class Saver:
             raise error
 
     def restore_best(self, tell: Callable[[int, str], None]) -> int:
-        """Put the weights (and averages) of the best validation back; returns its step.
+        """Put the weights (and averages, and critics) of the best validation back; returns its step.
 
         Args:
             tell: see `best_whole`.
@@ -152,8 +155,9 @@ class Saver:
         best = self._of_first_rank(lambda: best_whole(self.directory, self.stage, tell))
         if best is None:
             raise UserError(f"Stage {self.stage}: there is no checkpoint of a validation to end with.")
-        averages = {name: each for name, each in self.extras.items() if name == "average"}
-        load_weights(best, self.model, averages)
+        # the discriminator that a stage leaves is the one that these weights were trained against
+        others = {name: each for name, each in self.extras.items() if name in ("average", "critics")}
+        load_weights(best, self.model, others)
         return best.step
 
     def _of_first_rank(self, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:

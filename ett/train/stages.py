@@ -188,6 +188,23 @@ def part_of(name: str) -> PartName:
     return named.get(top, "projector")
 
 
+def modules_by_part(model: EttForConditionalGeneration) -> dict[str, nn.Module]:
+    """The modules whose parameters make up each part; every parameter is in one of them."""
+    projector: dict[str, nn.Module] = {"projector": model.projector}
+    if model.index_embedding is not None:
+        # the name tells the optimizer that this is a table, which does not decay
+        projector["index_embedding"] = model.index_embedding
+    parts: dict[str, nn.Module] = {
+        "vision_tokenizer": model.vision_tokenizer,
+        "projector": nn.ModuleDict(projector),
+        "language_model": model.language_model,
+    }
+    if model.image_head is not None:
+        parts["image_head"] = model.image_head
+    assert {part_of(name) for name, _ in model.named_parameters()} == set(parts)
+    return parts
+
+
 def set_trainable(model: EttForConditionalGeneration, parts: Sequence[PartName], words: bool = True) -> None:
     """Train `parts` and nothing else; of a language model with adapters, the adapters alone; where no `words` are learned, all
     of it but an output layer of its own."""

@@ -25,9 +25,10 @@ from ett.losses.joint import LossConfig
 from ett.model import ett as ett_module
 from ett.model.build import build_model, build_vision_tokenizer
 from ett.model.processing import Encoded
+from ett.train import objectives as objectives_module
 from ett.train.checkpoint import STATE, list_checkpoints
 from ett.train.log import read_log
-from ett.train.objectives import run_model
+from ett.train.objectives import JointObjective, Shares, run_model
 
 
 @contextmanager
@@ -124,6 +125,50 @@ def test_a_micro_batch_of_text_goes_through_every_part_where_others_wait(
         assert bool(parameter.grad.isfinite().all()), name
         if not name.startswith("language_model"):
             assert not parameter.grad.any(), name
+
+
+def test_a_rank_without_pictures_runs_the_soft_caption_loss_too(
+    toy_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where layers are sharded all ranks gather them as often; and all log the same names."""
+    recipe = from_mapping(Recipe, toy_recipe)
+    model, processor = build_model(recipe.model, build_vision_tokenizer(recipe.model))
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Say hi"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "hi"}]},
+    ]
+    batch = processor.collate([Encoded(*processor.tokenize_conversation(turns), [], "text")])
+    objective, losses = JointObjective(model), LossConfig(soft_caption_weight=1.0)
+    monkeypatch.setattr(ett_module, "spans_ranks", lambda module: module.training)
+    for several in (True, False):
+        monkeypatch.setattr(objectives_module, "_several", lambda several=several: several)
+        for objective_in_mode in (objective.train(), objective.eval()):
+            output = objective_in_mode(batch, losses, Shares(2.0, 0.0))
+            assert ("soft_caption_loss" in output.losses) == several
+            assert not output.losses.get("soft_caption_loss", torch.zeros(())).detach().any()
+            torch.testing.assert_close(output.loss.detach(), output.losses["caption_loss"].detach())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_rank_that_hangs_ends_the_other_in_the_time_that_the_recipe_gives(
+    toy_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """A machine that is gone closes no connection; here a process that is stopped (SIGSTOP)."""
+    toy_recipe["stages"] = [{**toy_recipe["stages"][2], "steps": 2000, "checkpoint_every": None, "log_every": 1}]
+    recipe = write({**toy_recipe, "rank_timeout": 3}, tmp_path / "recipe.yaml")
+    with started(recipe, tmp_path / "run", 2) as ranks:
+        wait_for_step(tmp_path / "run", 2, ranks)
+        ranks[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        ((code, errors),) = finish(ranks[:1], timeout=200)
+        waited = time.monotonic() - began
+    assert code == 2, errors
+    assert "Another process of this run ended or is out of reach" in errors
+    assert "rank_timeout" in errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    assert waited < 100
 
 
 def test_text_on_one_rank_and_a_picture_on_the_other(toy_recipe: dict[str, Any], tmp_path: Path) -> None:

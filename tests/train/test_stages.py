@@ -10,9 +10,16 @@ import torch
 
 from ett.errors import RecipeError
 from ett.losses.joint import LossConfig
-from ett.train.loop import _modules_by_part
 from ett.train.optim import OptimizerConfig, build_optimizer, schedule_factor
-from ett.train.stages import StageConfig, caption_reach, check_reach, part_of, set_trainable, train_mode
+from ett.train.stages import (
+    StageConfig,
+    caption_reach,
+    check_reach,
+    modules_by_part,
+    part_of,
+    set_trainable,
+    train_mode,
+)
 from tests.model.test_ett import build, encoded
 
 STAGES = {
@@ -111,7 +118,7 @@ def test_groups_hold_every_parameter_once_with_its_rate() -> None:
 def test_no_table_of_vectors_decays() -> None:
     """Neither the codebook nor the language model's own table in its place: arms differ in what they read alone."""
     model, _ = build(visual_input="index")
-    optimizer = build_optimizer(_modules_by_part(model), OptimizerConfig(weight_decay=0.1))
+    optimizer = build_optimizer(modules_by_part(model), OptimizerConfig(weight_decay=0.1))
     assert model.index_embedding is not None
     for table in (model.index_embedding.weight, model.vision_tokenizer.quantize.embedding.weight):
         (group,) = [g for g in optimizer.param_groups if any(p is table for p in g["params"])]
