@@ -160,8 +160,9 @@ class Run:
         if number:
             raise Interrupted(config.steps, number)
 
-    def _inheritance(self, k: int) -> Inheritance | None:
-        """The discriminator that stage `k` goes on with: an earlier stage's, else one that came with the recipe's model.
+    def _inheritance(self, k: int, *, own: bool = True) -> Inheritance | None:
+        """The discriminator that stage `k` goes on with: its run's `own`, of an earlier stage, else one that came with the
+        recipe's model.
 
         Raises:
             ModelError: its file is damaged. RecipeError: it has another shape than the stage's.
@@ -171,7 +172,7 @@ class Run:
             return None
         spec = self.recipe.model
         given = spec.init or spec.vision_tokenizer.get("path")
-        found = find_discriminator(self.folder.stage(k - 1)) if k > 0 else None
+        found = find_discriminator(self.folder.stage(k - 1)) if own and k > 0 else None
         if found is None and given is not None:
             found = find_discriminator(resolve_model_folder(find_weights(given)))
         if found is None:
@@ -306,7 +307,8 @@ class Run:
                     f"{other.strided_layers}. Give both the same, or set stages.{names[k]}.discriminator.inherit to false."
                 )
         if playing and (self.folder.overwrite or self.folder.finished <= playing[0]):
-            self._inheritance(playing[0])
+            # what an earlier run left here is overwritten
+            self._inheritance(playing[0], own=not self.folder.overwrite)
 
 
 def validation_mixture(evaluation: EvaluationConfig, trained: Sequence[SourceConfig], seed: int) -> Mixture | None:

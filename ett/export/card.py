@@ -175,7 +175,9 @@ def _starts(recipe: Recipe) -> list[str]:
 
 def _described(sources: Sequence[SourceConfig]) -> list[str]:
     """One line a source, each once; of the user's own files the name alone."""
-    lines = [SOURCES.get(each.source, f"`{Path(each.path or '').name}`, not part of this package") for each in sources]
+    lines = [
+        SOURCES.get(each.source, f"`{_without_folders(each.path or '')}`, not part of this package") for each in sources
+    ]
     return list(dict.fromkeys(lines))
 
 
@@ -191,6 +193,9 @@ def _without_folders(value: Any, *, hub: bool = False) -> Any:
         return [_without_folders(item, hub=hub) for item in value]
     if not isinstance(value, str) or (hub and _HUB_ID.fullmatch(value) and not Path(value).exists()):
         return value
+    if "://" in value:
+        # an address may end in its owner's key
+        value = re.split(r"[?#]", value)[0]
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 

@@ -129,8 +129,15 @@ def share_processor(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    tags: str | Sequence[str] = (),
+    max_shard_size: str = "",
 ) -> CommitInfo:
-    """Upload a processor with its code; a card that the repository has stays. Errors of `huggingface_hub` as they are."""
+    """Upload a processor with its code; a card that the repository has stays. Errors of `huggingface_hub` as they are.
+
+    Args:
+        commit_message ... create_pr: as in transformers.
+        tags, max_shard_size: transformers' method takes them; here is no card to hold the one, and no weights for the other.
+    """
     with tempfile.TemporaryDirectory() as directory:
         processor.save_pretrained(directory)
         add_code(Path(directory))

@@ -42,6 +42,9 @@ WEIGHTS, STATE, META = "weights.safetensors", "state.pt", "checkpoint.json"
 KEPT = 2
 """Checkpoints of a stage that are kept beside the best one: should the last be damaged, there is another."""
 
+ASIDE = ".old"
+"""Ends the name of a folder that makes room for a newer one of its name."""
+
 # What torch.load and the owners of a state raise for content that is none of theirs. Caught around them alone.
 _BAD_STATE = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, OSError)
 
@@ -358,7 +361,7 @@ def publish(work: Path, target: Path) -> None:
     fsync_tree(work)
     if target.exists():
         # re-done work (a resumed run saving the same step): the old folder goes aside first, a rename cannot replace it
-        aside = target.with_name(f".{target.name}.old")
+        aside = target.with_name(f".{target.name}{ASIDE}")
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
         work.rename(target)
@@ -366,6 +369,15 @@ def publish(work: Path, target: Path) -> None:
     else:
         work.rename(target)
     fsync(target.parent)
+
+
+def put_back(aside: Path) -> bool:
+    """Give a folder that `publish` had set aside its name again, where a kill came before another had it; whether it was so."""
+    target = aside.with_name(aside.name.removeprefix(".").removesuffix(ASIDE))
+    if not aside.name.endswith(ASIDE) or target.exists():
+        return False
+    aside.rename(target)
+    return True
 
 
 def random_state() -> dict[str, Any]:

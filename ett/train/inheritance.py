@@ -22,6 +22,8 @@ from ett.errors import ModelError, RecipeError
 from ett.losses.adversarial import DiscriminatorConfig
 from ett.tokenizers.layout_discriminator import DISCRIMINATOR_NAME, shape_of
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_LECAM = {"real", "fake"}
 _STAGE = re.compile(r"(\d+)-[\w-]+")
 
 
@@ -107,4 +109,11 @@ def read_inheritance(path: Path) -> Inheritance:
     for name, tensor in parts["optimizer"].items():
         kind, _, parameter = name.partition(".")
         moments.setdefault(parameter, {})[kind] = tensor
+        weight = parts["discriminator"].get(parameter)
+        shapes = {} if weight is None else dict(zip(_MOMENTS, (torch.Size(), weight.shape, weight.shape), strict=True))
+        if shapes.get(kind) != tensor.shape:
+            raise ModelError(f"{path}: optimizer.{name} belongs to no weight of this discriminator.")
+    incomplete = [parameter for parameter, kinds in moments.items() if len(kinds) != len(_MOMENTS)]
+    if incomplete or parts["lecam"].keys() not in (set(), _LECAM) or any(t.dim() for t in parts["lecam"].values()):
+        raise ModelError(f"{path} is incomplete: {incomplete[0] if incomplete else 'the LeCam averages'} cannot go on.")
     return Inheritance(path, parts["discriminator"], moments, parts["lecam"], *shape)

@@ -70,7 +70,7 @@ class Interrupted(Exception):
     """The stage was stopped by a signal, after saving.
 
     Attributes:
-        step: finished steps. signal_number: what stopped it.
+        step: finished steps that are saved. signal_number: what stopped it.
     """
 
     def __init__(self, step: int, signal_number: int) -> None:
@@ -189,7 +189,7 @@ class Stage:
             received: where the caller notes signals (`noted_signals`), until the stage's model is saved; None notes them here.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was saved.
+            Interrupted: SIGINT or SIGTERM came; the last finished step was saved, unless it was left out.
             NonFiniteLoss, CodebookCollapse: as the recipe's `health` says.
             CheckpointError: a checkpoint could not be written.
             DataError: an example that cannot be used, or more of them than the recipe allows.
@@ -229,9 +229,10 @@ class Stage:
                     break
                 self._keep(validation_loss)
             if stopped or self.step < config.steps:
-                self.save(validation_loss)
+                if not self.back_offs.in_doubt:
+                    self.save(validation_loss)
                 self.saver.settle()
-                raise Interrupted(self.step, self._received[0] if self._received else signal.SIGTERM)
+                raise Interrupted(self.saver.saved, self._received[0] if self._received else signal.SIGTERM)
             if config.ends_with == "best":
                 self.log.ends_with(self.name, self.step, self.saver.restore_best(self._tell_damage))
         if self.average is not None:

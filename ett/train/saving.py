@@ -27,6 +27,7 @@ from ett.train.checkpoint import (
     load_checkpoint,
     load_weights,
     newest_whole,
+    put_back,
     random_state,
     take_snapshot,
     write_checkpoint,
@@ -66,6 +67,11 @@ class Saver:
         self._writing: Future[Checkpoint] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
+    @property
+    def saved(self) -> int:
+        """Finished steps of the newest checkpoint, 0 where there is none."""
+        return self._saved or 0
+
     def __enter__(self) -> Self:
         return self
 
@@ -88,7 +94,7 @@ class Saver:
 
         def find() -> Checkpoint | None:
             for folder in checkpoint_folders(self.directory, self.stage):
-                if folder.name.startswith("."):
+                if folder.name.startswith(".") and not put_back(folder):
                     # half written when a run was killed
                     shutil.rmtree(folder)
             return newest_whole(self.directory, self.stage, tell)

@@ -154,6 +154,11 @@ class StageConfig:
             raise RecipeError("packing puts several conversations into a row, and a micro-batch has one. Leave it out.")
         if self.data is not None:
             require(len(self.data) >= 1, "data", self.data, "a non-empty list of sources")
+        if self.cached_codes and self.loss_config.soft_caption_weight > 0:
+            raise RecipeError(
+                "losses.soft_caption_weight asks the tokenizer for more than indices, which are all that cached_codes keeps. "
+                "Leave one of the two out."
+            )
         if self.cached_codes and (self.stage not in CACHEABLE or "vision_tokenizer" in self.parts):
             why = f"trains {', '.join(self.parts)}" if self.stage in CACHEABLE else "reads pictures"
             raise RecipeError(

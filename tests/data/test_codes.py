@@ -346,6 +346,13 @@ def test_other_stages_refuse_it(toy_recipe: dict[str, Any], stage: str, change: 
         from_mapping(Recipe, toy_recipe)
 
 
+def test_a_loss_that_needs_more_than_indices_refuses_it(toy_recipe: dict[str, Any]) -> None:
+    losses = {"soft_caption_weight": 0.5}
+    toy_recipe["stages"] = [{"stage": "align", "steps": 1, "batch_size": 4, "cached_codes": True, "losses": losses}]
+    with pytest.raises(RecipeError, match=r"soft_caption_weight .* Leave one of the two out"):
+        from_mapping(Recipe, toy_recipe)
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 

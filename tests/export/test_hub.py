@@ -171,6 +171,15 @@ def test_model_and_processor_pushed_apart(tmp_path: Path, hub: type[Hub], monkey
     assert isinstance(AutoProcessor.from_pretrained(tmp_path / "saved"), EttProcessor)
 
 
+def test_a_processor_takes_what_transformers_methods_take(toy_run: Path, tmp_path: Path, hub: type[Hub]) -> None:
+    _, processor = load_model(toy_run / "stages" / "3-chat")
+    processor.push_to_hub("mine", tags=["small"], max_shard_size="1GB", private=True)
+    processor.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="mine", tags="small")
+    assert [options["commit_message"] for name, options in hub.calls if name == "upload_folder"] == [
+        "Processor and code"
+    ] * 2
+
+
 def test_generated_code_leaves_sharing_to_transformers(toy_run: Path, hub: type[Hub]) -> None:
     model, _ = load_model(toy_run / "stages" / "3-chat")
     model.push_to_hub("mine")

@@ -148,6 +148,8 @@ def test_the_card_tells_no_folders(toy_run: Path, tmp_path: Path, monkeypatch: p
     recipe["data"] = [
         {"source": "manifest", "path": "customers/acme/photos/mine.jsonl", "image_root": "customers/acme/private"},
         {"source": "shards", "path": "customers/acme/shards/train-*.tar", "prompt": "either/or {answer}"},
+        {"source": "shards", "path": "https://host/acme/{000..039}.tar?sig=s3cr3t&sv=1#s3cr3t"},
+        {"source": "table", "path": "zip://all.csv::s3://acme/rows.zip?key=s3cr3t"},
         {"source": "facts"},
     ]
     recipe["model"] |= {
@@ -158,11 +160,13 @@ def test_the_card_tells_no_folders(toy_run: Path, tmp_path: Path, monkeypatch: p
     model, processor = load_model(run / "stages" / "3-chat")
     card = model_card(run / "stages" / "3-chat", model, processor)
     assert "acme" not in card
+    assert "s3cr3t" not in card, "an address may end in its owner's key"
     for told in (
         "`mine.jsonl`",
         "path: mine.jsonl",
         "image_root: private",
         "train-*.tar",
+        "`{000..039}.tar`",
         "either/or {answer}",
         "on the names",
     ):

@@ -109,6 +109,21 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(
     assert list((killed / "checkpoints").iterdir()) == []
 
 
+def test_a_checkpoint_that_made_room_is_put_back(recipe: Recipe, killed: Path, whole: str) -> None:
+    """Killed between two renames, as a step was saved again: neither folder has its name."""
+    for each in checkpoints(killed)[:-1]:
+        shutil.rmtree(each.path)
+    last = checkpoints(killed)[-1].path
+    shutil.copytree(last, last.with_name(f".{last.name}.tmp"))
+    last.rename(last.with_name(f".{last.name}.old"))
+    resumed = Run(recipe, killed, resume=True)
+    with killed_at(1):
+        resumed.train()
+    assert [each.step for each in checkpoints(killed)] == [3]
+    Run(recipe, killed, resume=True).train()
+    assert digest(killed) == whole
+
+
 def test_no_whole_checkpoint_is_an_error_with_every_reason(recipe: Recipe, killed: Path) -> None:
     for each in checkpoints(killed):
         flip(each.path / WEIGHTS)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from ett.config import from_mapping
@@ -28,8 +30,9 @@ from ett.train import loop as loop_module
 from ett.train.checkpoint import list_checkpoints
 from ett.train.critics import Critics
 from ett.train.diagnosis import Situation, diagnose
-from ett.train.health import CodebookCollapse, NonFiniteLoss
+from ett.train.health import BackOffs, CodebookCollapse, NonFiniteLoss
 from ett.train.log import RunLog, read_log
+from ett.train.loop import Interrupted
 from ett.train.measures import (
     Codes,
     drift_values,
@@ -470,6 +473,36 @@ def test_back_offs_come_to_an_end(toy_recipe: dict[str, Any], tmp_path: Path, mo
         Run(recipe_of(toy_recipe, health=health), tmp_path / "run").train()
     # step 2 was left out: nothing is saved until a step is taken again
     assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints", "tokenizer")] == [1, 3]
+
+
+def test_a_signal_saves_no_weights_in_doubt(
+    toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While steps are left out the last good checkpoint stays the newest; resumed, the run ends as if nothing had come."""
+    recipe = recipe_of(toy_recipe, health={"on_non_finite": "back_off"})
+    with monkeypatch.context() as patch:
+        poison(patch, loop_module.TokenizerObjective, 3)
+        Run(recipe, tmp_path / "whole").train()
+    refuse = BackOffs.refuse
+
+    def refused(self: BackOffs, *arguments: Any) -> None:
+        refuse(self, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        poison(patch, loop_module.TokenizerObjective, 3)
+        patch.setattr(BackOffs, "refuse", refused)
+        with pytest.raises(Interrupted) as stopped:
+            Run(recipe, tmp_path / "run").train()
+    assert stopped.value.step == 2
+    assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints", "tokenizer")] == [1, 2]
+    with monkeypatch.context() as patch:
+        poison(patch, loop_module.TokenizerObjective, 1)
+        Run(recipe, tmp_path / "run", resume=True).train()
+    for name in ("whole", "run"):
+        assert [e["step"] for e in events(tmp_path / name, "warning") if e["kind"] == "non_finite"] == [3]
+    ends = [load_file(tmp_path / name / "stages" / "0-tokenizer" / "model.safetensors") for name in ("whole", "run")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_a_stopped_run_may_go_on_with_other_health(

@@ -139,6 +139,14 @@ def test_other_shapes_are_refused_before_anything_trains(toy_recipe: dict[str, A
     assert not (tmp_path / "second").exists()
 
 
+def test_what_is_overwritten_is_not_asked(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Of the run that was here before, with a discriminator of another shape, nothing goes on."""
+    Run(recipe_of(toy_recipe, playing("tokenizer", channels=8)), tmp_path / "run").train()
+    silent = {**playing("tokenizer"), "losses": None}
+    Run(recipe_of(toy_recipe, silent, playing("semantic")), tmp_path / "run", overwrite=True).train()
+    assert heard(tmp_path / "run", "semantic") == [False, False]
+
+
 def test_the_best_weights_keep_their_own_discriminator(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
     """The stage ends with step 1's weights, so the discriminator that goes on is step 1's, not the last one."""
     stage = {**playing("tokenizer", steps=3), "validate_every": 1, "ends_with": "best"}
@@ -178,6 +186,14 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     assert (read_inheritance(path).channels, read_inheritance(path).strided_layers) == (4, 2)
     refused({**whole, "generator.x": torch.zeros(1)}, "it holds generator.x")
     refused({n: t for n, t in whole.items() if n != "discriminator.main.3.running_var"}, "holds no patch discriminator")
+    adam = {"step": torch.zeros(()), "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}
+    moments = {f"optimizer.{kind}.main.0.bias": tensor for kind, tensor in adam.items()}
+    save_file({**whole, **moments}, path)
+    assert set(read_inheritance(path).moments) == {"main.0.bias"}
+    refused({**whole, "optimizer.exp_avg.main.7.bias": torch.zeros(4)}, "belongs to no weight")
+    refused({**whole, **moments, "optimizer.exp_avg.main.0.bias": torch.zeros(5)}, "belongs to no weight")
+    refused({**whole, "optimizer.step.main.0.bias": torch.zeros(())}, "main.0.bias cannot go on")
+    refused({**whole, "lecam.real": torch.zeros(())}, "the LeCam averages cannot go on")
     refused({**whole, "discriminator.main.0.bias": torch.tensor([0.0, 1.0, float("nan"), 0.0])}, "not finite")
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ModelError, match="Is the file complete"):
