@@ -25,9 +25,9 @@ from typing import Any, BinaryIO, cast
 
 from ett.data.entries import MAX_MEMBER_BYTES, Entry, Lines, Refused, Samples, open_entries
 from ett.data.far import Far
-from ett.data.manifest import Manifest
+from ett.data.manifest import CHUNK, Manifest
 from ett.data.parallel import mapped
-from ett.data.places import Place, loadable, place, stamp
+from ett.data.places import Place, Stamp, loadable, place, stamps
 from ett.errors import DataError
 from ett.files import fsync, fsync_tree
 
@@ -295,10 +295,8 @@ def _by_bytes(entries: Lines, largest: int) -> list[Part]:
     """As many entries a shard as it has room for, by the sizes that they will have in a tar."""
     parts: list[Part] = []
     start = used = 0
-    for index in range(len(entries)):
-        entry = entries.read(index)
-        sizes = [len(each) if isinstance(each, bytes) else stamp(place(each))[0] for each in entry.pictures]
-        size = sum(_BLOCK + -(-each // _BLOCK) * _BLOCK for each in (len(_as_json(entry, {})), *sizes))
+    for index, sizes in _sized(entries):
+        size = sum(_BLOCK + -(-each // _BLOCK) * _BLOCK for each in sizes)
         # a tar is filled up to whole records of its own size
         records = -(-(used + size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
         if index > start and records > largest:
@@ -306,6 +304,27 @@ def _by_bytes(entries: Lines, largest: int) -> list[Part]:
             start, used = index, 0
         used += size
     return [*parts, Part(len(parts), start, len(entries))]
+
+
+def _sized(entries: Lines) -> Iterator[tuple[int, list[int]]]:
+    """(index, the sizes [bytes] of an entry's JSON and pictures), many pictures looked at together."""
+    for first in range(0, len(entries), CHUNK):
+        held: list[tuple[int, list[int], list[Place]]] = []
+        for index in range(first, min(first + CHUNK, len(entries))):
+            entry = entries.read(index)
+            inside = [len(each) for each in entry.pictures if isinstance(each, bytes)]
+            files = [place(each) for each in entry.pictures if not isinstance(each, bytes)]
+            held.append((index, [len(_as_json(entry, {})), *inside], files))
+        every = [file for _, _, files in held for file in files]
+        found = iter(zip(every, stamps(every), strict=True))
+        for index, inside, files in held:
+            yield index, [*inside, *(_size(*next(found)) for _ in files)]
+
+
+def _size(where: Place, its_stamp: Stamp | None) -> int:
+    if its_stamp is None:
+        raise DataError(f"{where} does not exist. `ett data check` shows all that is wrong.")
+    return its_stamp[0]
 
 
 def _as_json(entry: Entry, more: Mapping[str, Any]) -> bytes:

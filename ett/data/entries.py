@@ -15,10 +15,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from ett.data.far import BrokenSource, Far
+from ett.data.far import BrokenSource, Far, Unreachable, out_of_reach
 from ett.data.json_lines import MAX_LINE_BYTES, KeyTwice, decoded, is_too_long, next_line, parsed, shown
 from ett.data.manifest import Manifest, _LineError, _Record
-from ett.data.places import SHARD_SUFFIXES, Place, Stamp, place, shard_paths, stamp
+from ett.data.places import SHARD_SUFFIXES, Place, Stamp, place, shard_paths, stamp, stamps
 from ett.data.shards import ShardIndex, ShardSample
 from ett.errors import DataError
 from ett.types import Message
@@ -137,7 +137,7 @@ class Lines(Manifest, Entries):
         return f"{self.path}:{self._lines[index]}"
 
     def read(self, index: int) -> Entry:
-        with self._open() as file:
+        with self._open(self._room(index)) as file:
             file.seek(self._offsets[index])
             data = next_line(file)
         line = self._lines[index]
@@ -159,6 +159,7 @@ class Lines(Manifest, Entries):
             while data and not data.endswith(b"\n"):
                 data = next_line(file)
             offset = file.tell()
+        self._end = offset
         if not len(self):
             raise DataError(f"{self.path} is empty: it has no line with an example. Give one JSON object a line.")
 
@@ -190,7 +191,8 @@ class Samples(Entries):
         folder: refuse those that lead out of it by a symbolic link.
 
     Raises:
-        BrokenSource: an address does not answer.
+        BrokenSource: an address does not answer. Unreachable: nothing is there; a shard that one process of a launch lacks and
+            others have would give each another order.
     """
 
     def __init__(self, shards: Sequence[Place], *, folder: Path | None = None) -> None:
@@ -221,8 +223,11 @@ class Samples(Entries):
     def fingerprint(self) -> str:
         """A hash of every shard's name, size and time of change, or version."""
         digest = blake2b(digest_size=16)
-        for index in self._indices:
-            digest.update(repr((index.shards[0].name, *stamp(index.shards[0]))).encode())
+        shards = [index.shards[0] for index in self._indices]
+        for shard, its_stamp in zip(shards, stamps(shards), strict=True):
+            if its_stamp is None:
+                raise out_of_reach(shard, FileNotFoundError("it is gone"))
+            digest.update(repr((shard.name, *its_stamp)).encode())
         return digest.hexdigest()
 
     def read(self, index: int) -> Entry:
@@ -242,23 +247,23 @@ class Samples(Entries):
 
 
 def _scanned(shard: Place, folder: Path | None = None) -> ShardIndex | DataError:
-    """The index of a shard, or what is wrong with it."""
+    """The index of a shard, or what is wrong with its content."""
     try:
         if folder is not None and isinstance(shard, Path) and not shard.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"{shard} leads out of {folder} by a symbolic link. Copy the shard into the folder.")
         index = _scanned_before(shard, stamp(shard)) if isinstance(shard, Far) else ShardIndex([shard])
         # a copy leaves the unpacked content behind
         return copy.copy(index)
-    except BrokenSource:
+    except (BrokenSource, Unreachable):
         raise
     except DataError as error:
         return error
 
 
 @lru_cache(maxsize=SCANNED_KEPT)
-def _scanned_before(shard: Far, _stamp: Stamp) -> ShardIndex:
+def _scanned_before(shard: Far, its_stamp: Stamp) -> ShardIndex:
     """A run opens its data several times; what lies far away is read through once."""
-    return copy.copy(ShardIndex([shard]))
+    return copy.copy(ShardIndex([shard], {shard: its_stamp}))
 
 
 def _sample_entry(sample: ShardSample, shard: ShardIndex) -> Entry:

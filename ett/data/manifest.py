@@ -29,7 +29,8 @@ import numpy as np
 
 from ett.data.far import BLOCK, BrokenSource, Far
 from ett.data.json_lines import MAX_LINE_BYTES, KeyTwice, decoded, kind_of, lines_of, next_line, parsed, shown
-from ett.data.places import Place, Watch, leads_out, loadable, place, stamps
+from ett.data.once import once, open_text
+from ett.data.places import Place, Watch, leads_out, lies_in, loadable, place, stamps
 from ett.data.sources import Source
 from ett.errors import DataError, unknown
 from ett.images import load_image
@@ -37,8 +38,6 @@ from ett.types import Example, Message
 
 MARKER = "<image>"
 
-LINE_BLOCK = 2**14
-"""Bytes that are fetched for a line of a manifest at an address."""
 CHUNK = 1000
 """Lines that a fingerprint holds at a time."""
 
@@ -109,11 +108,13 @@ class Manifest(Source):
         self._image_root = None if image_root is None else os.path.realpath(image_root)
         if self._image_root is not None and not os.path.isdir(self._image_root):
             raise DataError(f"image_root {image_root} is not a folder. Give the folder that holds the pictures.")
-        self._offsets = array("Q")
-        self._lines = array("Q")
+        self._offsets, self._lines, self._end = array("Q"), array("Q"), 0
         self._watch = Watch()
-        with self._open(BLOCK) as file:
-            self._read_all(file, limit)
+        if isinstance(self.path, Far):
+            key = (type(self), self.path, self._watch.check(self.path), limit)
+            self._offsets, self._lines, self._end = once(key, lambda: self._places(limit))
+        else:
+            self._places(limit)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -122,7 +123,7 @@ class Manifest(Source):
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} examples; there is no number {index}.")
         line = self._lines[index]
-        with self._open() as file:
+        with self._open(self._room(index)) as file:
             record = self._read_one(file, index)
         try:
             images = [load_image(loadable(picture, MAX_LINE_BYTES)) for picture in record.pictures]
@@ -135,7 +136,7 @@ class Manifest(Source):
     def fingerprint(self) -> str:
         """A hash of every line, and of path, size and time of change (or version) of every picture file."""
         digest = blake2b(digest_size=16)
-        with self._open(BLOCK) as file:
+        with self._open() as file:
             for start in range(0, len(self), CHUNK):
                 indices = range(start, min(start + CHUNK, len(self)))
                 records = [self._read_one(file, index) for index in indices]
@@ -145,10 +146,15 @@ class Manifest(Source):
                     digest.update(repr((record, list(islice(found, len(own))))).encode())
         return digest.hexdigest()
 
-    def _open(self, block: int = LINE_BLOCK) -> BinaryIO:
+    def _room(self, index: int) -> int:
+        """Bytes from the line of example `index` to that of the next, which one request fetches."""
+        following = self._offsets[index + 1] if index + 1 < len(self) else self._end
+        return min(following - self._offsets[index], MAX_LINE_BYTES + 1)
+
+    def _open(self, block: int = BLOCK) -> BinaryIO:
         """The file, if it is the one whose lines' places are known; from an address `block` bytes at a time."""
         if isinstance(self.path, Far):
-            return self.path.open(block, self._watch.check(self.path)[0])
+            return open_text(self.path, self._watch.check(self.path), block)
         try:
             if self.path.exists() and not self.path.is_file():
                 raise DataError(f"{self.path} is not a file but a folder or device. Give the path of a JSONL file.")
@@ -157,6 +163,12 @@ class Manifest(Source):
             raise DataError(f"{self.path} does not exist. Give the path of a JSONL file.") from None
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror}. Check its permissions.") from error
+
+    def _places(self, limit: int | None) -> tuple[array[int], array[int], int]:
+        """(offset and number of each example's line, where the last ends)."""
+        with self._open() as file:
+            self._read_all(file, limit)
+        return self._offsets, self._lines, self._end
 
     def _read_all(self, file: BinaryIO, limit: int | None) -> None:
         """Checks every line and notes where it lies."""
@@ -168,6 +180,7 @@ class Manifest(Source):
             self._lines.append(line)
             if len(self) == limit:
                 break
+        self._end = file.tell()
         if not len(self):
             raise DataError(f"{self.path} is empty: it has no line with an example. Give one JSON object a line.")
         self._refuse_twins(file, digests)
@@ -280,7 +293,7 @@ class Manifest(Source):
                 )
             return
         root = self._image_root
-        if root is not None and _inside(path, root):
+        if root is not None and lies_in(path, root):
             return
         if os.path.isabs(reference):
             where = "no image_root is given" if root is None else "it is not in image_root"
@@ -288,7 +301,7 @@ class Manifest(Source):
                 f"the picture {shown(reference)} is an absolute path and {where}. Make it relative to the manifest's "
                 "folder, or give the folder that holds the pictures as image_root."
             )
-        if not _inside(path, self._folder):
+        if not lies_in(path, self._folder):
             raise _LineError(
                 f"the picture {shown(reference)} leads out of the manifest's folder (by '..' or a symbolic link). "
                 "Move it into the folder, or, if you trust the manifest, allow the folder that holds the pictures with "
@@ -484,8 +497,3 @@ def _refuse_surrogates(text: str) -> None:
             f"a text holds half a character ({shown(text[error.start])}, a lone surrogate). Write it whole or "
             "remove it."
         ) from None
-
-
-def _inside(path: str, folder: str) -> bool:
-    """Whether a path lies in a folder, both without symbolic links."""
-    return path.startswith(folder.rstrip(os.sep) + os.sep)

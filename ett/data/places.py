@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import fsspec
 
-from ett.data.far import BrokenSource, Far
+from ett.data.far import BrokenSource, Far, Unreachable, changed, out_of_reach
 from ett.errors import DataError
 
 Place = Path | Far
@@ -106,13 +106,22 @@ class Watch:
             now: its stamp; None asks an address, if its time has come.
 
         Raises:
-            BrokenSource: the file was changed, or does not answer. DataError: it is gone.
+            BrokenSource: the file was changed, or is out of reach now. OSError: as `stamp`.
+            Unreachable: it is not there at the first look, or cannot be read in parts.
         """
+        known = self._known.get(where)
         if now is None:
-            if where in self._known and time.monotonic() - self._looked.get(where, -LOOK_AGAIN) < LOOK_AGAIN:
-                return self._known[where]
-            now = stamp(where)
-            self._looked[where] = time.monotonic()
+            if known is not None and time.monotonic() - self._looked.get(where, -LOOK_AGAIN) < LOOK_AGAIN:
+                return known
+            try:
+                now = stamp(where)
+            except Unreachable as error:
+                if known is not None:
+                    raise out_of_reach(where, error) from error
+                raise
+        if known is None and isinstance(where, Far):
+            where.try_ranges(now[0])
+        self._looked[where] = time.monotonic()
         known = self._known.setdefault(where, now)
         if now != known:
             raise changed(where)
@@ -122,20 +131,20 @@ class Watch:
         """A file on this machine, for reading.
 
         Raises:
-            BrokenSource: it was changed. OSError: it cannot be opened.
+            BrokenSource: it was changed, or was there and cannot be opened now. OSError: it cannot be opened.
         """
-        file = path.open("rb")
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            if path in self._known:
+                raise out_of_reach(path, error) from error
+            raise
         try:
             self.check(path, stamp_of_status(os.fstat(file.fileno())))
         except BrokenSource:
             file.close()
             raise
         return file
-
-
-def changed(where: Place) -> BrokenSource:
-    """The error of a file that is not what it was."""
-    return BrokenSource(f"{where} was changed while in use. Leave it as it is during a run; start again.")
 
 
 def loadable(picture: str | bytes | Far, limit: int) -> str | bytes | BinaryIO:
@@ -145,7 +154,7 @@ def loadable(picture: str | bytes | Far, limit: int) -> str | bytes | BinaryIO:
         limit: largest far picture [bytes].
 
     Raises:
-        DataError: a far picture is not there, or too large. BrokenSource: its address does not answer.
+        DataError: a far picture is not there, or too large. BrokenSource: its address does not answer, or gives no right to it.
     """
     if not isinstance(picture, Far):
         return picture
@@ -155,6 +164,11 @@ def loadable(picture: str | bytes | Far, limit: int) -> str | bytes | BinaryIO:
     file = io.BytesIO(content)
     file.name = str(picture)  # messages name it so
     return file
+
+
+def lies_in(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder, both of this machine and without symbolic links."""
+    return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def leads_out(reference: str) -> bool:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from ett.data.far import Far
-from ett.data.places import Place, Watch, changed, place
+from ett.data.far import Far, changed
+from ett.data.places import Place, Stamp, Watch, place
 from ett.errors import DataError
 
 MAX_UNPACKED = 2**30
@@ -55,14 +55,15 @@ class ShardIndex(Sequence[ShardSample]):
 
     Args:
         shards: paths or addresses of tars, at least one.
+        stamps: of shards that were just looked at.
 
     Raises:
-        BrokenSource: an address that does not answer.
+        BrokenSource: an address that does not answer. Unreachable: nothing is there.
         DataError: a shard that is missing, no regular file, truncated, damaged or empty, a link, device, sparse file or
             unsafe name in it, or a member that is there twice. The message names the shard and the member.
     """
 
-    def __init__(self, shards: Sequence[str | Place]) -> None:
+    def __init__(self, shards: Sequence[str | Place], stamps: Mapping[Place, Stamp] | None = None) -> None:
         if not shards:
             raise DataError("No shards given. Give the paths of one or more .tar or .tar.gz files.")
         self.shards: tuple[Place, ...] = tuple(map(place, shards))
@@ -76,6 +77,8 @@ class ShardIndex(Sequence[ShardSample]):
         self._unpacked: dict[Place, bytes] = {}
         self._zipped: set[Place] = set()
         self._watch = Watch()
+        for shard, its_stamp in (stamps or {}).items():
+            self._watch.check(shard, its_stamp)
         for number, shard in enumerate(self.shards):
             self._scan(number, shard)
 
@@ -98,8 +101,8 @@ class ShardIndex(Sequence[ShardSample]):
         """The bytes of one member.
 
         Raises:
-            DataError: the sample has no such member, or the shard is gone.
-            BrokenSource: the shard has changed since it was scanned, or its address does not answer.
+            DataError: the sample has no such member.
+            BrokenSource: the shard has changed since it was scanned, or is out of reach.
         """
         if extension not in sample.members:
             raise DataError(
@@ -119,12 +122,12 @@ class ShardIndex(Sequence[ShardSample]):
     def _fetched(self, shard: Far, offset: int, size: int) -> bytes:
         """Bytes of a far shard; the header in front of them comes along, which another tar would hardly have there."""
         self._watch.check(shard)
-        content = shard.read(offset - _BLOCK, offset + size)
+        content = shard.read_known(offset - _BLOCK, offset + size)
         try:
             same = tarfile.TarInfo.frombuf(content[:_BLOCK], "utf-8", "surrogateescape").size == size
         except _UNREADABLE:
             same = False
-        if not same or len(content) != _BLOCK + size:
+        if not same:
             raise changed(shard)
         return content[_BLOCK:]
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ett import __version__
-from ett.data.far import BLOCK, Far
+from ett.data.once import content_hash
 from ett.data.places import Place, place, shard_paths, stamps
 from ett.data.table import files_of
 from ett.errors import ModelError, RecipeError
@@ -164,17 +164,8 @@ def _manifest_hashes(recipe: Recipe) -> dict[str, str]:
     found = {}
     for path, kind in sorted(stored):
         files = shard_paths(path)[0] if kind == "shards" else files_of(path)
-        found[path] = _hash_of_content(path) if kind == "manifest" else _hash_of_stats(files)
+        found[path] = content_hash(place(path)) if kind == "manifest" else _hash_of_stats(files)
     return found
-
-
-def _hash_of_content(path: str) -> str:
-    where = place(path)
-    with where.open() if isinstance(where, Far) else where.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _hash_of_stats(files: Sequence[Place]) -> str:

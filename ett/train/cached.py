@@ -101,11 +101,18 @@ def _fill(
                         done += count
                         bar.update(count)
                         log.encoding(name, done, total)
-                    # one that is ahead waits here, never long, and a signal to any of them stops all
-                    if turn % meeting == 0 or turn == turns:
-                        stopped = torch.tensor(float(bool(received)), device=accelerator.device)
-                        if bool(accelerator.reduce(stopped) > 0):
-                            raise Interrupted(0, received[0] if received else signal.SIGTERM)
+                    if turn % meeting == 0 and turn < turns:
+                        _meet(received, accelerator)
+            # what is left over is written as the generator is closed: only then may another read the folder
+            if turns:
+                _meet(received, accelerator)
+
+
+def _meet(received: Sequence[int], accelerator: Accelerator) -> None:
+    """One that is ahead waits here, never long, and a signal to any of them stops all."""
+    stopped = torch.tensor(float(bool(received)), device=accelerator.device)
+    if bool(accelerator.reduce(stopped) > 0):
+        raise Interrupted(0, received[0] if received else signal.SIGTERM)
 
 
 def _coded(item: Encoded, tokenizer: VisionTokenizer) -> Encoded:

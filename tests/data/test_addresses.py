@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
-import json
 import pickle
 import shutil
-import socket
 import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import PIL.Image
 import pytest
 
 from ett.config import from_mapping
 from ett.data import entries as entries_module
 from ett.data import far as far_module
+from ett.data import once as once_module
 from ett.data import places as places_module
 from ett.data.check import check
 from ett.data.convert import convert
-from ett.data.far import BLOCK, BrokenSource, Far
+from ett.data.far import BLOCK, BrokenSource, Far, Look
 from ett.data.manifest import Manifest
-from ett.data.mixture import Mixture, SourceConfig, build_mixture, encode_draw
+from ett.data.mixture import SourceConfig, build_mixture
+from ett.data.once import content_hash
 from ett.data.places import named, place, shard_paths, stamp
 from ett.errors import DataError, RecipeError
+from ett.experiments.folder import RunFolder
 from ett.experiments.recipe import Recipe
 from ett.experiments.run import Run
-from ett.model import EttImageProcessor, EttProcessor
-from ett.model.text import CHAT_TEMPLATES, byte_tokenizer
 from tests.conftest import CommandLine, killed_at
+from tests.data.addresses import encoded, manifest, picture, shards, tar
 
 Store = Callable[[str, bytes], None]
 
@@ -46,6 +44,7 @@ Store = Callable[[str, bytes], None]
 def _in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(far_module, "PAUSES", (0.0, 0.0))
     entries_module._scanned_before.cache_clear()
+    once_module.forget()
 
 
 @pytest.fixture
@@ -55,33 +54,6 @@ def store() -> Iterator[Store]:
     yield lambda path, content: system.pipe(f"/{path}", content)
     system.store.clear()
     system.pseudo_dirs[:] = [""]
-
-
-def picture(shade: int, size: int = 20) -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.new("RGB", (size, size), (shade, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def tar(start: int, stop: int, padding: int = 0) -> bytes:
-    """Samples ``{number}.png``, whose red is the number, and ``{number}.txt``; with so many bytes more in each text."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as file:
-        for number in range(start, stop):
-            for name, content in (("png", picture(number)), ("txt", b"number %d" % number + b" " * padding)):
-                member = tarfile.TarInfo(f"{number:03}.{name}")
-                member.size = len(content)
-                file.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def shards(path: str, **options: Any) -> SourceConfig:
-    return SourceConfig(source="shards", path=path, **options)
-
-
-def encoded(mixture: Mixture, draws: int) -> list[Any]:
-    processor = EttProcessor(EttImageProcessor(8, 8), byte_tokenizer(), 4, CHAT_TEMPLATES["plain"])
-    return [encode_draw(mixture, draw, processor, None) for draw in range(draws)]
 
 
 @pytest.mark.parametrize("path", ["memory://far", "memory://far/*.tar", "memory://far/{000..002}.tar"])
@@ -116,13 +88,82 @@ def test_braces_stand_for_numbers(tmp_path: Path) -> None:
         shards(str(tmp_path / "{7..8}.tar")).build()
 
 
-def test_a_shard_that_braces_name_may_be_left_out(store: Store) -> None:
+@pytest.mark.parametrize("tolerant", [False, True])
+def test_what_is_not_there_at_the_start_ends_every_process(tolerant: bool, store: Store) -> None:
     store("far/0.tar", tar(0, 2))
-    with pytest.raises(DataError, match=r"memory://far/1\.tar: .*does not exist"):
-        shards("memory://far/{0..1}.tar").build()
-    source = shards("memory://far/{0..1}.tar").build(tolerant=True)
-    assert len(source) == 2
-    assert len(source.left_out) == 1
+    store("all/0.tar", tar(0, 2))
+    store("all/1.tar", tar(0, 2)[:3000])
+    # one process of a launch that left it out would see other examples than the rest
+    with pytest.raises(DataError, match=r"memory://far/1\.tar does not exist"):
+        shards("memory://far/{0..1}.tar").build(tolerant=tolerant)
+    # what is damaged is so for all
+    if tolerant:
+        source = shards("memory://all").build(tolerant=True)
+        assert len(source) == 2
+        assert len(source.left_out) == 1
+
+
+@pytest.mark.parametrize("kind", ["shards", "manifest"])
+@pytest.mark.parametrize("here", [False, True])
+def test_what_was_there_is_no_bad_sample(
+    kind: str, here: bool, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, content = {"shards": ("0.tar", tar(0, 4)), "manifest": ("m.jsonl", manifest(["0.png"]))}[kind]
+    for each, what in ((name, content), ("0.png", picture(0))):
+        store(f"far/{each}", what)
+        (tmp_path / each).write_bytes(what)
+    path = str(tmp_path / name) if here else f"memory://far/{name}"
+    mixture = build_mixture([SourceConfig(source=kind, path=path)], 0, tolerant=True)
+    encoded(mixture, 1)
+    (tmp_path / name).unlink()
+    fsspec.filesystem("memory").rm(f"/far/{name}")
+    for again in (300.0, 0.0):
+        monkeypatch.setattr(places_module, "LOOK_AGAIN", again)
+        with pytest.raises(BrokenSource, match=rf"{name} was there and is out of reach now"):
+            encoded(mixture, 1)
+
+
+def test_a_manifest_cut_short_in_use_is_no_bad_sample(store: Store) -> None:
+    store("far/m.jsonl", manifest(["0.png", "0.png"]))
+    store("far/0.png", picture(0))
+    mixture = build_mixture([SourceConfig(source="manifest", path="memory://far/m.jsonl")], 0, tolerant=True)
+    store("far/m.jsonl", manifest(["0.png"])[:-5])
+    with pytest.raises(BrokenSource, match="was changed while in use"):
+        encoded(mixture, 2)
+
+
+def test_a_long_line_is_one_request_and_a_manifest_is_read_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = manifest(["0.png", "0.png", "0.png"]).splitlines()
+    lines[1] = lines[1][:-1] + b', "note": "' + 1_000_000 * b"n" + b'"}'
+    content = b"\n".join(lines)
+    store("far/m.jsonl", content)
+    store("far/0.png", picture(0))
+    asked: list[tuple[int, int]] = []
+    plain = Far.read
+
+    def read(self: Far, start: int, stop: int) -> bytes:
+        if stop > start and self.name == "m.jsonl":
+            asked.append((start, stop))
+        return plain(self, start, stop)
+
+    monkeypatch.setattr(Far, "read", read)
+    sources = [SourceConfig(source="manifest", path="memory://far/m.jsonl").build(tolerant=True) for _ in range(3)]
+    assert sum(stop - start for start, stop in asked) == len(content)
+    expected = hashlib.sha256(content).hexdigest()
+    assert content_hash(place("memory://far/m.jsonl")) == expected
+    assert sum(stop - start for start, stop in asked) == len(content)
+    for index in range(3):
+        asked.clear()
+        assert sources[2][index].id == f"p{index}"
+        assert len(asked) == 1
+    once_module.forget()
+    assert content_hash(place("memory://far/m.jsonl")) == expected
+    (tmp_path / "m.jsonl").write_bytes(content)
+    assert content_hash(tmp_path / "m.jsonl") == expected
+    store("far/empty.jsonl", b"")
+    assert content_hash(place("memory://far/empty.jsonl")) == hashlib.sha256().hexdigest()
 
 
 def test_only_ranges_are_fetched_and_the_headers_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,12 +217,6 @@ def test_what_is_unsafe_in_a_far_shard_is_refused(store: Store) -> None:
     store("far/0.tar", tar(0, 4)[:3000])
     with pytest.raises(DataError, match="truncated or damaged"):
         shards("memory://far").build()
-
-
-def manifest(images: list[str]) -> bytes:
-    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "red"}]
-    lines = [json.dumps({"id": f"p{k}", "image": image, "conversations": turns}) for k, image in enumerate(images)]
-    return "\n".join(lines).encode()
 
 
 def test_a_manifest_at_an_address_has_its_pictures_beside_it(store: Store, tmp_path: Path, run: CommandLine) -> None:
@@ -247,6 +282,28 @@ def test_chains_and_names_for_the_web(store: Store) -> None:
     assert str(Far("simplecache::s3://b/d/m.jsonl").beside("e/a.png")) == "simplecache::s3://b/d/e/a.png"
 
 
+def test_files_at_the_root_of_an_address(store: Store) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("m.jsonl", manifest(["0.png"]))
+        file.writestr("0.png", picture(5))
+        for k in range(2):
+            file.writestr(f"a-{k}.tar", tar(2 * k, 2 * k + 2))
+    store("z.zip", buffer.getvalue())
+    store("m.jsonl", manifest(["0.png"]))
+    store("0.png", picture(6))
+    store("a-0.tar", tar(0, 2))
+    assert Manifest("zip://m.jsonl::memory://z.zip")[0].images[0].getpixel((0, 0)) == (5, 0, 0)
+    assert Manifest("memory://m.jsonl")[0].images[0].getpixel((0, 0)) == (6, 0, 0)
+    assert list(map(str, named("zip://a-*.tar::memory://z.zip"))) == [
+        f"zip://a-{k}.tar::memory://z.zip" for k in (0, 1)
+    ]
+    assert list(map(str, named("memory://a-*.tar"))) == ["memory://a-0.tar"]
+    assert len(shards("zip://::memory://z.zip").build()) == 4
+    assert str(Far("https://h/m.jsonl?key=1").beside("a b.png")) == "https://h/a%20b.png"
+    assert Far("memory://m.jsonl").stem == "m"
+
+
 def test_a_shard_replaced_in_use_ends_the_run_and_is_no_bad_sample(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +360,33 @@ def test_an_address_that_is_silent_is_asked_again_and_then_ends_the_run(
         build_mixture([shards("memory://far")], 0, tolerant=True)
 
 
+def test_what_an_implementation_hides_behind_its_errors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs raises an OSError because of a ClientError, which holds the answer."""
+
+    class ClientError(Exception):
+        def __init__(self, status: int) -> None:
+            self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+    store("far/0.png", picture(0))
+    calls = 0
+
+    def failing(self: Any, *arguments: Any, **named_ones: Any) -> bytes:
+        nonlocal calls
+        calls += 1
+        raise error from ClientError(status)
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", failing)
+    error, status = OSError(22, "The requested range is not satisfiable"), 416
+    assert Far("memory://far/0.png").read(0, 10) == b""
+    error, status = PermissionError("The provided token has expired."), 400
+    with pytest.raises(BrokenSource, match=r"no right to read memory://far/0\.png .*token has expired"):
+        Far("memory://far/0.png").read(0, 10)
+    assert calls == 2
+    error, status = OSError(5, "Slow down"), 503
+    with pytest.raises(BrokenSource, match="does not answer after 3 tries"):
+        Far("memory://far/0.png").read(0, 10)
+
+
 def test_an_address_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = {"class": "package_that_is_absent.FileSystem", "err": "Please install package_that_is_absent"}
     monkeypatch.setitem(import_module("fsspec.registry").known_implementations, "absent", absent)
@@ -342,6 +426,43 @@ def test_a_run_on_an_address_resumes_to_the_same_bits_and_notices_changes(
         Run(recipe, tmp_path / "changed", resume=True)
 
 
+def test_a_resume_without_its_manifest_says_so(pictures: Path, toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    toy_recipe["data"] = [{"source": "manifest", "path": str(pictures / "manifest.jsonl")}]
+    recipe = from_mapping(Recipe, toy_recipe)
+    RunFolder(tmp_path / "run", recipe, resume=False, overwrite=False).open()
+    (pictures / "manifest.jsonl").rename(pictures / "gone.jsonl")
+    with pytest.raises(DataError, match=r"manifest\.jsonl cannot be read \(No such file.*Put the file back"):
+        RunFolder(tmp_path / "run", recipe, resume=True, overwrite=False)
+
+
+def test_files_at_addresses_are_looked_at_together_and_once(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{k}.png" for k in range(6)]
+    for k, name in enumerate(names):
+        store(f"far/{name}", picture(k))
+        store(f"tars/{k}.tar", tar(k, k + 1))
+    store("far/m.jsonl", manifest(names))
+    looked: list[tuple[str, bool]] = []
+    plain = Far.look
+
+    def look(self: Far) -> Look:
+        looked.append((self.name, threading.current_thread() is threading.main_thread()))
+        return plain(self)
+
+    monkeypatch.setattr(Far, "look", look)
+    assert convert("memory://far/m.jsonl", tmp_path / "out", shard_bytes=10_240) == 6
+    assert len(list((tmp_path / "out").glob("*.tar"))) > 1
+    # the sizes for the shards, and the fingerprint of the conversion
+    assert sorted(each for each in looked if each[0] in names) == sorted(2 * [(name, False) for name in names])
+    looked.clear()
+    source = shards("memory://tars").build()
+    assert sorted(looked) == [(f"{k}.tar", False) for k in range(6)]
+    looked.clear()
+    source.fingerprint()
+    assert sorted(looked) == [(f"{k}.tar", False) for k in range(6)]
+
+
 def test_a_table_at_an_address_that_changed_is_noticed(
     store: Store, toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,89 +481,3 @@ def test_a_table_at_an_address_that_changed_is_noticed(
     store("far/t.jsonl", 3 * line.replace(b"b", b"c"))
     with pytest.raises(RecipeError, match=r"memory://far/\*\.jsonl has changed since"):
         Run(recipe, tmp_path / "run", resume=True)
-
-
-# -- the web -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def served(files: dict[str, bytes], *, ranges: bool, status: int = 404) -> Iterator[tuple[str, list[int]]]:
-    """(the address of a server with `files`, the sizes of what it was made to send)."""
-    sent: list[int] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            content = files.get(self.path)
-            if content is None:
-                self.send_error(status)
-                return
-            wanted = self.headers.get("Range")
-            if ranges and wanted:
-                first, last = map(int, wanted.removeprefix("bytes=").split("-"))
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-                content = content[first : last + 1]
-            else:
-                self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", '"1"')
-            self.end_headers()
-            if self.command == "GET":
-                try:
-                    for start in range(0, len(content), 2**16):
-                        sent.append(self.wfile.write(content[start : start + 2**16]))
-                except OSError:
-                    self.close_connection = True
-
-        do_HEAD = do_GET  # noqa: N815 - http.server's name
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", sent
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def test_shards_and_a_manifest_from_a_web_server() -> None:
-    pytest.importorskip("aiohttp")
-    files = {
-        "/0.tar": tar(0, 4, padding=300_000),
-        "/1.tar": tar(4, 8),
-        "/m.jsonl": manifest(["a%20b.png"]),
-        "/a%2520b.png": picture(9),
-    }
-    with served(files, ranges=True) as (address, sent):
-        source = shards(f"{address}/{{0..1}}.tar").build()
-        sent.clear()
-        assert [source[k].images[0].getpixel((0, 0))[0] for k in range(8)] == list(range(8))
-        assert sum(sent) < len(files["/0.tar"]) + len(files["/1.tar"])
-        assert Manifest(f"{address}/m.jsonl")[0].images[0].getpixel((0, 0)) == (9, 0, 0)
-        with pytest.raises(DataError, match=r"/2\.tar: .*does not exist"):
-            shards(f"{address}/2.tar").build()
-
-
-def test_a_web_server_that_sends_whole_files_is_refused_unread() -> None:
-    pytest.importorskip("aiohttp")
-    files = {"/0.tar": tar(0, 100, padding=400_000)}
-    with served(files, ranges=False) as (address, sent):
-        with pytest.raises(DataError, match=r"0\.tar.* cannot be read .*range requests"):
-            shards(f"{address}/0.tar").build()
-        assert sum(sent) < len(files["/0.tar"]) / 2
-
-
-def test_a_web_server_in_trouble_is_not_a_missing_file() -> None:
-    pytest.importorskip("aiohttp")
-    with served({}, ranges=True, status=503) as (address, _), pytest.raises(BrokenSource, match="does not answer"):
-        shards(f"{address}/0.tar").build(tolerant=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(BrokenSource, match="does not answer"):
-        Manifest(f"http://127.0.0.1:{port}/m.jsonl")

@@ -18,6 +18,7 @@ import torch.utils.data
 
 from ett.data import manifest as module
 from ett.data.entries import Lines, Refused, open_entries
+from ett.data.far import BrokenSource
 from ett.data.manifest import Manifest, question_and_reference
 from ett.errors import DataError
 from ett.types import Example
@@ -425,7 +426,7 @@ def test_a_manifest_changed_in_use(folder: Folder) -> None:
         tolerant.read(0)
     assert not isinstance(caught.value, Refused), "no bad sample, which would be passed over"
     source.path.unlink()
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(BrokenSource, match=r"was there and is out of reach now \(No such file"):
         source[0]
 
 
