@@ -364,7 +364,8 @@ def desk(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         made.provided.add(made.folder / name)
 
     def in_this_process(pending: Sequence[Any], out: Path, jobs: int) -> None:
-        for job in pending:
+        waiting = list(pending)
+        while (job := ablate._next(waiting, [])) is not None:
             ablate.run_only(out, job.key)
 
     for place in ("smollm2", "loading"):
