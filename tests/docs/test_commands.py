@@ -80,6 +80,10 @@ sys.exit(answer["code"])
 PROGRAMS = ("ett", "python", "python3", *(name for name in STANDS_IN if name != "srun"))
 
 
+SHORT = {"steps": 2, "batch_size": 2, "micro_batch_size": None, "validate_every": 2, "checkpoint_every": None}
+"""Of a stage at toy size."""
+
+
 # -- commands at toy size ----------------------------------------------------------------------------------------------
 
 
@@ -90,13 +94,7 @@ def small_recipe(name: str, words: Sequence[str]) -> list[str]:
     arm = next((word.partition("=")[2] for word in words if word.startswith("arm=")), None)
     stages = (given.get("arms") or {}).get(arm, {}).get("stages") or given["stages"]
     for i, stage in enumerate(stages):
-        short = {
-            "steps": 2,
-            "batch_size": 2,
-            "micro_batch_size": "null",
-            "validate_every": 2,
-            "checkpoint_every": "null",
-        }
+        short: dict[str, Any] = {key: "null" if value is None else value for key, value in SHORT.items()}
         short |= {"health.pictures": 2} if stage["stage"] in ("semantic", "tokenizer", "joint") else {}
         short |= {"quantize_after": 1} if stage.get("quantize_after") else {}
         found += [f"stages.{i}.{key}={value}" for key, value in short.items()]
@@ -114,7 +112,11 @@ def small_comparison(name: str) -> list[str]:
     wanted = {reference, next(arm for arm in arms if arm != reference and not starts[arm])}
     while before := {each for arm in wanted for each in starts[arm]} - wanted:
         wanted |= before
-    chosen = {arm: own for arm, own in arms.items() if arm in wanted}
+    chosen = {arm: dict(own) for arm, own in arms.items() if arm in wanted}
+    for own in chosen.values():
+        # overrides reach the recipe's own stages, not those that an arm has in their place
+        if "stages" in own:
+            own["stages"] = [{**stage, **SHORT, "cached_codes": False} for stage in own["stages"]]
     kept = yaml.safe_dump(chosen, default_flow_style=True, sort_keys=False, width=10**6)
     drawings = ["evaluation.drawings.limit=2"] if (given.get("evaluation") or {}).get("drawings") else []
     return [f"arms={kept.strip()}", "seeds=[0]", "evaluation.report_limit=2", "evaluation.report_pictures=2", *drawings]
