@@ -32,7 +32,7 @@ from ett.experiments.comparison import (
 from ett.experiments.comparison_report import write_comparison_report
 from ett.experiments.search import SEARCH_NAME, TRIAL_NAME, choose, run_trial
 from ett.signals import noted_signals
-from ett.train.log import LOG_NAME, read_log
+from ett.train.log import LOG_NAME, finished_steps, read_log
 from ett.train.loop import Interrupted
 
 DEMO = "quickstart"
@@ -55,13 +55,7 @@ class _Job:
     def done_steps(self) -> int:
         """Steps that its log tells of, over all stages."""
         log = self.folder / LOG_NAME
-        if not log.is_file():
-            return 0
-        latest: dict[str, int] = {}
-        for event in read_log(log):
-            if event.get("event") == "step":
-                latest[event["stage"]] = event["step"]
-        return sum(latest.values())
+        return finished_steps(read_log(log)) if log.is_file() else 0
 
 
 def ablate(

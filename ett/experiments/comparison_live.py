@@ -13,7 +13,7 @@ from ett.evaluate.verdict import arm_title
 from ett.experiments.comparison import EVALUATION_NAME, Arm, Comparison, open_comparison, steps_of
 from ett.experiments.comparison_report import reference_of
 from ett.experiments.search import SEARCH_NAME, TRIAL_NAME
-from ett.train.log import LOG_NAME, read_log
+from ett.train.log import LOG_NAME, finished_steps, read_log
 
 Run = Sequence[Mapping[str, Any]]
 """The events of a run's log."""
@@ -66,8 +66,7 @@ def _state(arm: Arm, events: Run, folder: Path) -> str:
         return f"{whole:,}, measured"
     if not events:
         return f"waits: 0 of {whole:,}"
-    latest = {event["stage"]: event["step"] for event in events if event.get("event") == "step"}
-    done = sum(latest.values())
+    done = finished_steps(events)
     return f"{done:,} of {whole:,}" if done < whole else f"{whole:,}, is being measured"
 
 

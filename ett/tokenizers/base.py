@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ett.config import from_mapping, to_mapping
 from ett.errors import ModelError, RecipeError, unknown
-from ett.tokenizers.quantizer import SCALES, Quantizer
+from ett.tokenizers.quantizer import SCALES, IndexBackpropagationQuantizer, Quantizer
 from ett.types import Quantized
 
 CONFIG_NAME = "config.json"
@@ -152,7 +152,8 @@ class VisionTokenizer(nn.Module, ABC):
         """The same weights, not copied, under other settings: a temperature, say, or where gradients go.
 
         Codes found by distance can also be compared by dot product, and any be normalised: the unit of distance is then left
-        out, a learned scale begins. Indices change by that, and have to be trained on.
+        out, a learned scale begins. Indices change by that, and have to be trained on. Codes that were normalised go on, where
+        they are no longer, as the vectors of length `radius` that they stood for: dot products choose the same ones.
 
         Args:
             changes: fields of the configuration. where: the recipe's name of them, for errors.
@@ -166,6 +167,10 @@ class VisionTokenizer(nn.Module, ABC):
         for name in (f"quantize.{scale}" for scale in SCALES):
             if name not in own:
                 given.pop(name, None)
+        if isinstance(self.quantize, IndexBackpropagationQuantizer) and self.quantize.normalize:
+            assert isinstance(changed.quantize, IndexBackpropagationQuantizer)
+            if not changed.quantize.normalize:
+                given["quantize.embedding.weight"] = nn.Parameter(self.quantize.codebook.detach())
         # a unit of distance cannot begin: it is measured on pictures
         begun = {name: own[name] for name in ("quantize.log_scale",) if name in own and name not in given}
         try:

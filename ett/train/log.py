@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,6 +158,12 @@ class RunLog:
 
     def _track(self, values: dict[str, Any], step: int) -> None:
         self.tracker.log(values, step=self._offset + step)
+
+
+def finished_steps(events: Iterable[Mapping[str, Any]]) -> int:
+    """Optimizer steps that a run's events tell of, over all its stages."""
+    latest = {event["stage"]: event["step"] for event in events if event.get("event") == "step"}
+    return sum(latest.values())
 
 
 def progress(values: Mapping[str, float], rate: float, health: str = "") -> str:

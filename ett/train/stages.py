@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ett.config import require
 from ett.data.mixture import SourceConfig
-from ett.errors import RecipeError
+from ett.errors import ModelError, RecipeError
 from ett.losses.adversarial import DiscriminatorConfig
 from ett.losses.joint import LossConfig
 from ett.model.ett import EttForConditionalGeneration
@@ -270,9 +270,14 @@ def train_mode(model: EttForConditionalGeneration, parts: Sequence[PartName]) ->
 
 @dataclass(frozen=True)
 class Reach:
-    """Norm of the gradient of one loss at each probe; 0 where it does not reach."""
+    """Norm of the gradient of one loss at each probe; 0 where it does not reach.
+
+    Args:
+        norms: by probe. vanished: probes that the loss depends on, with a gradient of exactly 0.
+    """
 
     norms: dict[str, float] = field(default_factory=dict)
+    vanished: frozenset[str] = frozenset()
 
 
 def _probes(model: EttForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
@@ -302,7 +307,10 @@ def caption_reach(model: EttForConditionalGeneration, batch: Batch, losses: Loss
     norms = {name: 0.0 for name, _ in _probes(model)}
     for (name, _), grad in zip(probes, grads, strict=True):
         norms[name] = 0.0 if grad is None else float(grad.norm())
-    return Reach(norms)
+    return Reach(
+        norms,
+        frozenset(name for (name, _), grad in zip(probes, grads, strict=True) if grad is not None and norms[name] == 0),
+    )
 
 
 def check_reach(reach: Reach, stage: StageConfig, visual_input: str) -> None:
@@ -310,6 +318,7 @@ def check_reach(reach: Reach, stage: StageConfig, visual_input: str) -> None:
 
     Raises:
         AssertionError: a frozen part receives gradient, or a trained one does not.
+        ModelError: a part would train, and its gradient is exactly 0: a softmax over codes that has settled on one of them.
     """
     through = stage.loss_config.caption_reaches_tokenizer and visual_input == "embedding"
     tokenizer = "vision_tokenizer" in stage.parts and through
@@ -323,7 +332,24 @@ def check_reach(reach: Reach, stage: StageConfig, visual_input: str) -> None:
     for name, wanted in expected.items():
         if name in ("codebook", "image_head") and name not in reach.norms:
             continue
+        if wanted and name in reach.vanished:
+            raise ModelError(_vanished(stage.stage, name))
         assert (reach.norms[name] > 0) == wanted, (
             f"stage {stage.stage}: the loss of tokens {'does not reach' if wanted else 'reaches'} the {name} "
             f"(gradient norms {reach.norms})"
         )
+
+
+def _vanished(stage: str, part: str) -> str:
+    """What to do about a gradient of exactly 0."""
+    if part != "encoder":
+        return (
+            f"Stage {stage}: the gradient of the loss of predicted tokens is exactly 0 at the {part}, so it would not "
+            "learn. Are its weights all 0? Start from another model.init."
+        )
+    return (
+        f"Stage {stage}: the caption loss reaches the encoder with a gradient of exactly 0, so captions would not tune the "
+        "tokenizer. The index softmax has all of its mass on one code: the codebook has collapsed, or its scale is too "
+        "high. `ett tokenizer-report` says how many codes are in use; start from a tokenizer that uses more of them, or raise "
+        "model.vision_tokenizer.temperature."
+    )

@@ -14,14 +14,15 @@ from ett.model.loading import find_weights, load_vision_tokenizer
 from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 from ett.train.log import read_log
 
-SCORES = ("distance", "dot", "normalized")
+STARTS = {"distance": "distance", "normalized": "normalized", "dot": "normalized"}
+"""Score -> whose start and frozen arm are its own too."""
 
 
 def test_scores_are_compared_on_equal_terms() -> None:
     arms = {arm.name: arm.recipe for arm in load_comparison("index_softmax").arms}
-    for score in SCORES:
-        start, frozen, tuned = (arms[f"{score}_{kind}"] for kind in ("start", "frozen", "tuned"))
-        assert (frozen.starts_from, tuned.starts_from) == (f"{score}_start", f"{score}_start")
+    for score, begun in STARTS.items():
+        start, frozen, tuned = arms[f"{begun}_start"], arms[f"{begun}_frozen"], arms[f"{score}_tuned"]
+        assert (frozen.starts_from, tuned.starts_from) == (f"{begun}_start", f"{begun}_start")
         assert start.stages == arms["distance_start"].stages
         assert tuned.stages == arms["ett"].stages
         assert frozen.stages == arms["embedding_frozen"].stages
@@ -31,11 +32,11 @@ def test_scores_are_compared_on_equal_terms() -> None:
         assert "vision_tokenizer" not in start.stages[1].parts
 
 
-@pytest.mark.parametrize("score", ["normalized"])
-def test_a_family_of_arms(score: str, tmp_path: Path) -> None:
-    """Start, control and tuned arm, one after another as `ett ablate` runs them, two steps and two examples each."""
+def test_a_family_of_arms(tmp_path: Path) -> None:
+    """Start, control and tuned arms, one after another as `ett ablate` runs them, two steps and two examples each."""
+    score = "normalized"
     values = read_values("index_softmax")
-    family = {name: arm for name, arm in values["arms"].items() if name.startswith(f"{score}_")}
+    family = {name: arm for name, arm in values["arms"].items() if name.startswith((f"{score}_", "dot_"))}
     for stage in (*values["stages"], *family[f"{score}_start"]["stages"]):
         stage |= {"steps": 2, "batch_size": 2, "validate_every": None, "log_every": 1, "health": {"pictures": 2}}
     values["evaluation"] |= {"limit": 2, "report_limit": 2, "report_pictures": 2}
@@ -51,10 +52,22 @@ def test_a_family_of_arms(score: str, tmp_path: Path) -> None:
     assert isinstance(quantizer, IndexBackpropagationQuantizer)
     assert quantizer.normalize
     assert quantizer.codebook.detach().norm(dim=1).sub(12.7).abs().max() < 1e-4
-    reach = [e for e in read_log(out / f"{score}_tuned" / "log.jsonl") if e["event"] == "reach"]
-    assert reach[0]["caption_gradient_norms"]["encoder"] > 0
-    reach = [e for e in read_log(out / f"{score}_frozen" / "log.jsonl") if e["event"] == "reach"]
-    assert reach[0]["caption_gradient_norms"]["encoder"] == 0
+    dot = load_vision_tokenizer(out / "dot_tuned" / "stages" / "0-semantic").quantize
+    assert isinstance(dot, IndexBackpropagationQuantizer)
+    assert not dot.normalize
+    # two steps from codes of that length
+    assert dot.codebook.detach().norm(dim=1).sub(12.7).abs().max() < 0.1
+    reaches = {}
+    for name in (f"{score}_tuned", "dot_tuned", f"{score}_frozen"):
+        (reach,) = (e for e in read_log(out / name / "log.jsonl") if e["event"] == "reach")
+        reaches[name] = reach["caption_gradient_norms"]
+    assert reaches[f"{score}_tuned"]["encoder"] > 0
+    assert reaches["dot_tuned"]["encoder"] > 0
+    assert reaches[f"{score}_frozen"]["encoder"] == 0
+    # the same function before the first step, under either score
+    assert reaches["dot_tuned"]["language_model"] == pytest.approx(
+        reaches[f"{score}_frozen"]["language_model"], rel=1e-4
+    )
 
 
 def test_scores_begin_as_sharp_as_the_distances() -> None:
@@ -66,7 +79,7 @@ def test_scores_begin_as_sharp_as_the_distances() -> None:
     assert quantizer.distance_unit is not None
     length = float(quantizer.codebook.detach().norm(dim=1).mean())
     slope = 2 / (float(quantizer.distance_unit) * quantizer.temperature)
-    assert 1 / arms["dot_start"]["temperature"] == pytest.approx(slope, rel=0.1)
+    assert 1 / arms["dot_tuned"]["temperature"] == pytest.approx(slope, rel=0.1)
     settings = arms["normalized_start"]
     assert settings["radius"] == pytest.approx(length, rel=0.01)
     changed = shipped.reconfigured(settings).quantize

@@ -16,6 +16,7 @@ from ett.cli import main
 from ett.config import from_mapping
 from ett.errors import RecipeError
 from ett.experiments.plan import HARDWARE, StagePlan, Target, find_hardware, parse_memory, plan
+from ett.experiments.plan.estimate import FLEETING, KEPT_SHARE, KEPT_SHARE_OF_CACHED
 from ett.experiments.plan.stand_ins import StandIns
 from ett.experiments.plan.tracker import Tracker
 from ett.experiments.recipe import Recipe
@@ -118,6 +119,29 @@ def test_sharding_divides(recipe: Recipe) -> None:
     (fsdp,) = plan(alone, replace(CPU, world_size=2, sharding="fsdp"))
     assert fsdp.memory["optimizer"] == -(-ddp.memory["optimizer"] // 2)
     assert fsdp.peak < ddp.peak
+
+
+def test_a_process_with_cached_codes_keeps_less(recipe: Recipe) -> None:
+    """Of the same stage: the share that stays with malloc is smaller where no convolution runs in a step."""
+    align = next(stage for stage in recipe.stages if stage.stage == "align")
+    (encoded,) = plan(replace(recipe, stages=(align,)), CPU)
+    (cached,) = plan(replace(recipe, stages=(replace(align, cached_codes=True),)), CPU)
+    fleeting = {
+        name: sum(each.memory.get(part, 0) for part in FLEETING) for name, each in (("e", encoded), ("c", cached))
+    }
+    kept = encoded.memory["process"] - cached.memory["process"]
+    assert kept == int(KEPT_SHARE * fleeting["e"]) - int(KEPT_SHARE_OF_CACHED * fleeting["c"])
+    assert kept > 0
+
+
+def test_a_sharded_process_on_a_cpu_began_with_the_whole_model(recipe: Recipe) -> None:
+    semantic = next(stage for stage in recipe.stages if stage.stage == "semantic")
+    alone = replace(recipe, stages=(replace(semantic, batch_size=8, micro_batch_size=1),))
+    (ddp,) = plan(alone, replace(CPU, world_size=8))
+    (fsdp,) = plan(alone, replace(CPU, world_size=8, sharding="fsdp"))
+    divided = ddp.memory["weights"] - fsdp.memory["weights"]
+    assert divided > 0
+    assert fsdp.memory["process"] - ddp.memory["process"] == divided
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("0.5MiB", 2**19)])

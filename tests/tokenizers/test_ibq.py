@@ -147,6 +147,24 @@ def test_another_score_over_the_same_weights() -> None:
         saved.reconfigured({"codebook_size": 32})
 
 
+def test_codes_that_were_normalised_go_on_at_their_length() -> None:
+    """Without normalisation dot products choose the same indices, and the decoder is given the same embeddings."""
+    saved = VisionTokenizer.from_config({**TOKENIZER, "normalize": True, "radius": 2.5})
+    dot = saved.reconfigured({"normalize": False})
+    assert isinstance(dot, IBQTokenizer)
+    assert dot.quantize.log_scale is None
+    features = torch.randn(2, TOKENIZER["codebook_dim"], 5, 5)
+    before, after = saved.quantize(features), dot.quantize(features)
+    assert torch.equal(before.indices, after.indices)
+    torch.testing.assert_close(before.embeddings, after.embeddings)
+    torch.testing.assert_close(
+        dot.quantize.embedding.weight.norm(dim=1), torch.full((TOKENIZER["codebook_size"],), 2.5)
+    )
+    assert dict(dot.named_parameters())["quantize.embedding.weight"].requires_grad
+    kept = saved.reconfigured({"temperature": 0.5})
+    assert kept.quantize.embedding.weight is saved.quantize.embedding.weight
+
+
 def test_the_radius_of_normalised_codes_changes_lengths_alone() -> None:
     one, far = (IndexBackpropagationQuantizer(16, 4, normalize=True, radius=radius) for radius in (1.0, 3.0))
     far.load_state_dict(one.state_dict())

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ett.errors import RecipeError
+from ett.errors import ModelError, RecipeError
 from ett.losses.joint import LossConfig
 from ett.train.optim import OptimizerConfig, build_optimizer, schedule_factor
 from ett.train.stages import (
@@ -84,6 +84,20 @@ def test_a_broken_freeze_is_caught() -> None:
     full = caption_reach(model, encoded(processor), LossConfig())
     with pytest.raises(AssertionError, match="reaches the encoder"):
         check_reach(full, StageConfig("align", steps=1, batch_size=2), "embedding")
+
+
+def test_a_saturated_softmax_is_a_clear_error() -> None:
+    """All mass on one code: the way to the encoder exists and carries exactly 0, which is the user's to mend."""
+    model, processor = build()
+    semantic = StageConfig("semantic", steps=1, batch_size=2)
+    set_trainable(model, semantic.parts)
+    with torch.no_grad():
+        model.vision_tokenizer.quantize.embedding.weight.mul_(1e6)
+    reach = caption_reach(model, encoded(processor), LossConfig())
+    assert reach.norms["encoder"] == 0
+    assert "encoder" in reach.vanished
+    with pytest.raises(ModelError, match=r"exactly 0.*temperature"):
+        check_reach(reach, semantic, "embedding")
 
 
 def test_controls_of_a_fair_comparison() -> None:

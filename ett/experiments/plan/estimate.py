@@ -24,9 +24,9 @@ DIVIDED: tuple[Part, ...] = ("weights", "gradients", "optimizer", "average")
 PROCESS_BYTES, ARTWORK_BYTES = 54 * 2**20, 46 * 2**20
 """Resident in a process on a CPU beside its tensors, as measured: pages of libraries and fonts that training is the first to
 touch, and the built-in artwork where it is read."""
-KEPT_SHARE = {True: 0.7, False: 0.3}
-"""Of what comes and goes within a step: what malloc keeps between it, and operations within themselves; where a step has
-convolutions, and where codes are cached. As measured (docs/plan.md)."""
+KEPT_SHARE, KEPT_SHARE_OF_CACHED = 0.7, 0.3
+"""Of what comes and goes within a step: what malloc keeps between it, and operations within themselves, as measured
+(docs/plan.md). The second where codes are cached, so that a step has no convolutions."""
 FLEETING: tuple[Part, ...] = ("activations", "quantizer", "logits")
 """What comes and goes within a step."""
 
@@ -143,7 +143,8 @@ def _process_bytes(recipe: Recipe, k: int, memory: dict[Part, int], tokenizer_pa
     # the file that a tokenizer was read from stays mapped, beside its weights in another layout
     loaded = k > 0 or recipe.model.init is not None or "path" in recipe.model.vision_tokenizer
     validation = recipe.evaluation.limit * 3 * 4 * math.prod(recipe.model.size)
-    kept = int(KEPT_SHARE[not recipe.stages[k].cached_codes] * sum(memory.get(part, 0) for part in FLEETING))
+    share = KEPT_SHARE_OF_CACHED if recipe.stages[k].cached_codes else KEPT_SHARE
+    kept = int(share * sum(memory.get(part, 0) for part in FLEETING))
     return PROCESS_BYTES + artwork * ARTWORK_BYTES + loaded * 4 * tokenizer_parameters + validation + kept
 
 
