@@ -116,8 +116,9 @@ def _plan_stage(recipe: Recipe, k: int, target: Target) -> StagePlan:
     memory = _on_one_device(found, target, 4 * sum(trainable.values()), 4 * _gathered(model))
     if hardware.device == "cpu":
         memory["process"] = _process_bytes(recipe, k, memory, parameters["vision_tokenizer"])
-        # a sharded stage begins with the whole model in each process
-        memory["process"] += max(0, found.memory.get("weights", 0) - memory["weights"])
+        if target.world_size > 1 and target.sharding == "fsdp":
+            # what runs outside of the step (validation, health) gathers all weights; they arrive in buffers as large
+            memory["process"] += 2 * found.memory.get("weights", 0)
     seconds = found.flops / (ASSUMED_UTILISATION[hardware.device] * hardware.rate(recipe.precision))
     return StagePlan(
         name=recipe.stage_names[k],
