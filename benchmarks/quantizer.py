@@ -6,7 +6,10 @@
 
 The baseline is IBQ as the paper writes it, in the same type and threads, with nothing done twice: one logits matrix,
 autograd's own softmax. Peak memory is each side's alone, in a process of its own: Linux's high-water mark (on CUDA the
-allocator's), and how far above the memory before the step it lies (the gradient of the codebook is in it).
+allocator's), and how far above the memory before the step it lies, with and without the gradient of the codebook.
+
+The share of the machine's ceiling is that of five products of 2 * N * K * D operations in the whole step (four where logits are
+kept), against the same product alone, of the rows of one chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ett.tokenizers.index_backprop import index_backprop
+from ett.tokenizers.index_backprop import CHUNK_ELEMENTS, KEPT_ELEMENTS, index_backprop
 
 TEMPERATURE = 0.01
 
@@ -71,6 +74,20 @@ def step(side: str, query: Tensor, codebook: Tensor, weights: Tensor) -> float:
     ((embeddings * weights).sum() + entropy).backward()
     _wait(query)
     return time.perf_counter() - started
+
+
+def seconds_of_a_product(query: Tensor, codebook: Tensor) -> float:
+    """Of ``query @ codebook.T`` of one chunk, as if for all N rows; the median of seven."""
+    rows = max(1, min(len(query), CHUNK_ELEMENTS[query.device.type] // len(codebook)))
+    chunk, codes = query.detach()[:rows], codebook.detach()
+    out, taken = chunk @ codes.T, []
+    for _ in range(7):
+        _wait(query)
+        started = time.perf_counter()
+        torch.mm(chunk, codes.T, out=out)
+        _wait(query)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken) * len(query) / rows
 
 
 def _wait(query: Tensor) -> None:
@@ -132,16 +149,23 @@ def main() -> None:
         command = [sys.executable, *sys.argv, "--only", side]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         memory[side] = [float(number) for number in printed]
+    gradient = arguments.codes * arguments.dim * 4 / 2**20
     for side, values in seconds.items():
         whole, added = memory[side]
         print(
             f"{side:<6} median {statistics.median(values):6.2f} s  (min {min(values):.2f}, max {max(values):.2f})   "
-            f"process {whole / 1024:5.2f} GiB, of which the step {added / 1024:5.2f} GiB"
+            f"process {whole / 1024:5.2f} GiB, of which the step {added / 1024:5.2f} GiB, "
+            f"{added - gradient:,.0f} MiB beyond the codebook's gradient"
         )
     print(
         f"dense / ours: time {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f}), "
         f"memory of the step {memory['dense'][1] / memory['ours'][1]:.1f}"
     )
+    product = seconds_of_a_product(*given[:2])
+    products = 4 if arguments.rows * arguments.codes <= KEPT_ELEMENTS[given[0].device.type] else 5
+    rate = 2 * arguments.rows * arguments.codes * arguments.dim / product / 1e9
+    share = products * product / statistics.median(seconds["ours"])
+    print(f"ours: {share:.0%} of the time of {products} products at the machine's own rate, {rate:,.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

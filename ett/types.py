@@ -91,6 +91,15 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory, from which `to` copies without waiting; a loader calls it."""
+        pinned = {
+            f.name: getattr(self, f.name).pin_memory()
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **pinned)
+
     @property
     def num_images(self) -> int:
         """I, whether they come as pixels or as indices."""

@@ -13,6 +13,7 @@ import yaml
 from ett.config import from_mapping, require, to_mapping
 from ett.data.mixture import SourceConfig
 from ett.errors import RecipeError
+from ett.evaluate.base import NAMING_LIMIT
 from ett.evaluate.drawing_report import DrawingsConfig
 from ett.experiments.strict_yaml import read_yaml, without_aliases
 from ett.model.build import ModelSpec
@@ -47,6 +48,8 @@ class EvaluationConfig:
         report_limit: examples of each source in the report, >= 1; null takes `limit`.
         report_pictures: of those, how many are reconstructed as well, >= 1; null takes all. Reconstruction varies little
             between pictures and costs more than an answer.
+        naming_limit: of those, of how many the right name is ranked among a hundred, >= 1; each costs as much as a hundred
+            answers.
         drawings: of a comparison's arms that can draw, what is drawn and judged for the report; null draws nothing.
     """
 
@@ -57,10 +60,12 @@ class EvaluationConfig:
     report_split: str | None = None
     report_limit: int | None = None
     report_pictures: int | None = None
+    naming_limit: int = NAMING_LIMIT
     drawings: DrawingsConfig | None = None
 
     def __post_init__(self) -> None:
         require(self.limit >= 1, "limit", self.limit, "at least 1")
+        require(self.naming_limit >= 1, "naming_limit", self.naming_limit, "at least 1")
         for name in ("report_limit", "report_pictures"):
             limit = getattr(self, name)
             require(limit is None or limit >= 1, name, limit, "at least 1, or null")
@@ -127,6 +132,7 @@ class Recipe:
 
         for stage in self.stages:
             self._check_drawing(stage)
+            self._check_judging(stage)
 
     def _check_drawing(self, stage: StageConfig) -> None:
         """What a stage reads and what it learns belong together."""
@@ -149,6 +155,16 @@ class Recipe:
             raise RecipeError(
                 f"The {stage.stage} stage learns answers in words, but a source has `draws: true`. Take it out, or use the "
                 f"stages {' and '.join(DRAWING)}."
+            )
+
+    def _check_judging(self, stage: StageConfig) -> None:
+        """What judges pictures can see pictures of this size."""
+        side = min(self.model.size)
+        if stage.plays and side < stage.discriminator.smallest_side:
+            raise RecipeError(
+                f"The {stage.stage} stage: a discriminator with strided_layers: {stage.discriminator.strided_layers} "
+                f"needs pictures of {stage.discriminator.smallest_side} pixels or more, these have {side}. Lower "
+                "discriminator.strided_layers, raise model.image_size, or leave losses.adversarial_weight out."
             )
 
     @property
@@ -273,11 +289,11 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         last = i == len(steps) - 1
         path = ".".join(steps[: i + 1])
         if isinstance(node, list):
-            position = _position(node, step, path)
+            entry = position(node, step, path)
             if last:
-                node[position] = value
+                node[entry] = value
             else:
-                node = node[position]
+                node = node[entry]
         elif isinstance(node, dict):
             if last:
                 node[step] = value
@@ -290,7 +306,12 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
             raise RecipeError(f"The override {key!r} leads into {'.'.join(steps[:i])}, which is a plain value.")
 
 
-def _position(entries: list[Any], step: str, path: str) -> int:
+def position(entries: list[Any], step: str, path: str) -> int:
+    """Which entry of a list the `step` of the dotted key `path` means: by number, or a stage or source by its name.
+
+    Raises:
+        RecipeError: none, or several.
+    """
     if step.isdigit() and int(step) < len(entries):
         return int(step)
     names = [entry.get("stage", entry.get("source")) if isinstance(entry, dict) else None for entry in entries]

@@ -12,6 +12,7 @@ path. The folder appears whole or not at all.
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import shutil
@@ -63,6 +64,11 @@ PROBED_DRAWS = 16
 """Examples of each stage that are looked at before anything trains."""
 RANK_SEEDS = 15_485_863
 """Between the seeds of two ranks."""
+
+FRESH_DISCRIMINATOR = (
+    "A trained tokenizer hears a fresh discriminator from the first step, whose judgement is noise yet. Let it learn first: "
+    "discriminator.generator_start, say 500."
+)
 
 Start = tuple[EttForConditionalGeneration | VisionTokenizer, EttProcessor, StageData]
 
@@ -146,6 +152,16 @@ class Run:
         log.forget_after(order, name, stage.step, stage.undone.validation)
         if stage.step == 0 and stage.critics is not None and inherited is not None:
             log.inherited(name, inherited.source)
+        spec = self.recipe.model
+        trained = k > 0 or spec.init is not None or "path" in spec.vision_tokenizer
+        if (
+            stage.step == 0
+            and config.plays
+            and trained
+            and inherited is None
+            and not config.discriminator.generator_start
+        ):
+            log.warning(name, 0, "fresh_discriminator", FRESH_DISCRIMINATOR)
         log.start_stage(sum(earlier.steps for earlier in self.recipe.stages[:k]))
         # a signal that comes when the last step is done waits until the stage's model is saved
         with noted_signals(second_one_stops=True) as received:
@@ -155,6 +171,9 @@ class Run:
                 self._clear_up(k)
             accelerator.wait_for_everyone()
         accelerator.free_memory()
+        # the stage and its optimizer hold on to each other, and would be held while the next stage's model is built
+        del stage
+        gc.collect()
         # together: a rank that had none would wait for the others in the next stage
         number = max(gather_object([received[0] if received else 0]))
         if number:
@@ -168,7 +187,7 @@ class Run:
             ModelError: its file is damaged. RecipeError: it has another shape than the stage's.
         """
         config = self.recipe.stages[k]
-        if not _plays(config) or not config.discriminator.inherit:
+        if not config.plays or not config.discriminator.inherit:
             return None
         spec = self.recipe.model
         given = spec.init or spec.vision_tokenizer.get("path")
@@ -296,7 +315,7 @@ class Run:
 
     def _check_discriminators(self) -> None:
         """Each stage that plays the game must be able to go on with the discriminator of the one before."""
-        playing = [k for k, stage in enumerate(self.recipe.stages) if _plays(stage)]
+        playing = [k for k, stage in enumerate(self.recipe.stages) if stage.plays]
         for before, k in pairwise(playing):
             one, other = (self.recipe.stages[i].discriminator for i in (before, k))
             if other.inherit and (one.channels, one.strided_layers) != (other.channels, other.strided_layers):
@@ -382,11 +401,6 @@ def _check_examples(mixture: Mixture, config: StageConfig, processor: EttProcess
             f"Stage {config.stage}: none of the first {PROBED_DRAWS} examples has an answer (an assistant or gpt turn), so "
             "there is nothing to learn. Check the data."
         )
-
-
-def _plays(config: StageConfig) -> bool:
-    """Whether a stage has a discriminator."""
-    return config.loss_config.adversarial_weight > 0 and Critics.wanted(config.loss_config)
 
 
 def _stage_seed(seed: int, k: int) -> int:

@@ -29,8 +29,8 @@ class DiscriminatorConfig:
 
     Attributes:
         channels: of the first layer, >= 1; each further strided layer has twice as many, up to eight times.
-        strided_layers: convolutions that halve the grid, >= 1. With 3, a logit judges 70 x 70 pixels, and the picture's shorter
-            side must have 32 or more.
+        strided_layers: convolutions that halve the grid, >= 1. With 3, a logit judges 70 x 70 pixels. The picture's shorter
+            side must be `smallest_side` or more.
         learning_rate: of its Adam; null takes the vision tokenizer's peak. It follows the stage's schedule.
         betas: of its Adam.
         generator: what the tokenizer hears: "non_saturating", mean softplus(-logit), or "hinge", -mean logit.
@@ -52,6 +52,11 @@ class DiscriminatorConfig:
     generator_start: int = 0
     lecam_weight: float = 0.001
     lecam_decay: float = 0.999
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels at which one logit is left."""
+        return 3 * 2**self.strided_layers
 
     def __post_init__(self) -> None:
         require(self.channels >= 1, "channels", self.channels, "at least 1")

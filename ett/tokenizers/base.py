@@ -171,7 +171,11 @@ class VisionTokenizer(nn.Module, ABC):
             assert isinstance(changed.quantize, IndexBackpropagationQuantizer)
             if not changed.quantize.normalize:
                 given["quantize.embedding.weight"] = nn.Parameter(self.quantize.codebook.detach())
-        # a unit of distance cannot begin: it is measured on pictures
+        if "quantize.distance_unit" in own and "quantize.distance_unit" not in given:
+            raise RecipeError(
+                f'{where}.similarity: "distance" has a unit that is measured on pictures as a tokenizer is trained, and the '
+                "saved tokenizer has none. Keep its similarity, or train a tokenizer from the start with this one."
+            )
         begun = {name: own[name] for name in ("quantize.log_scale",) if name in own and name not in given}
         try:
             changed.load_state_dict({**given, **begun}, assign=True)
@@ -206,7 +210,7 @@ class VisionTokenizer(nn.Module, ABC):
                 raise ModelError(f"{directory} is not a saved vision tokenizer: it has no {path.name}.")
         try:
             mapping = json.loads(config_path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"{config_path} is not valid JSON: {error}.") from error
         if not isinstance(mapping, dict) or mapping.pop("model_type", None) != "ett_vision_tokenizer":
             raise ModelError(f"{config_path} does not describe a vision tokenizer saved by ett.")
@@ -218,6 +222,11 @@ class VisionTokenizer(nn.Module, ABC):
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{weights_path} cannot be read: {error}. Is the file complete?") from error
         load_strictly(tokenizer, tensors, str(weights_path))
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise ModelError(
+                    f"{weights_path}: {name} holds numbers that are not finite. The file is damaged or diverged."
+                )
         return tokenizer.eval()
 
 

@@ -39,9 +39,10 @@ class ImplicitQuantizer(Quantizer):
         """float32[B, D, h, w]: the embeddings of int64[B, h, w] indices in [0, K).
 
         Raises:
-            IndexError: an index below 0 or above K - 1.
+            IndexError: an index below 0 or above K - 1; looked for on CPU alone, because asking an accelerator waits for it.
         """
-        if indices.numel() > 0 and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
+        here = indices.numel() > 0 and indices.device.type == "cpu"
+        if here and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
             raise IndexError(f"Indices must lie in [0, {self.codebook_size}); got {indices.min()} to {indices.max()}.")
         return self.codes(indices).movedim(-1, 1)
 
@@ -60,7 +61,9 @@ class ImplicitQuantizer(Quantizer):
 
     def _counts(self, indices: Tensor) -> Tensor:
         """float32[K]: how often each index occurs, over all ranks while training."""
-        counts = torch.bincount(indices.flatten(), minlength=self.codebook_size).float()
+        # not `bincount`, which waits for an accelerator to learn how many bins there are
+        counts = torch.zeros(self.codebook_size, device=indices.device)
+        counts.index_add_(0, indices.flatten(), counts.new_ones(()).expand(indices.numel()))
         if self._all_ranks:
             dist.all_reduce(counts)
         return counts

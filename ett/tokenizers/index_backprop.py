@@ -14,7 +14,14 @@ The plain loop that this file replaces (IBQ; symbols as in the paper, `sg` = sto
 A chunk of rows meets the whole codebook, so that every softmax of a row is complete when the chunk is done and nothing of
 size K is kept per row. Backward recomputes the logits of a chunk. Work: 1 GEMM of 2*N*K*D FLOPs forward, 4 backward
 (logits again, `g @ E.T`, and one for each gradient), with or without the entropy term; memory: two R x K buffers, the
-gradient of the codebook and O(N * D).
+gradient of the codebook and O(N * D). Where one chunk holds all rows and its logits are few (`KEPT_ELEMENTS`), they are kept
+for the way back as a dense softmax would: 3 GEMMs backward. Without gradient through the softmax (straight-through, no
+entropy) backward is one `index_add_` and no GEMM; a codebook that does not learn saves the last.
+
+Memory traffic, in passes over N * K numbers: forward 1 written by the GEMM and 1 read by the maximum, with entropy 2 more
+reads; backward 2 written by GEMMs, 2 read for the softmax and its mean, 2 read and 1 written for the gradient, 2 read by the
+last GEMMs. On CPU entropy shares the middle ones, which stay in the cache. E is read by four GEMMs and its gradient read and
+written once a chunk, N / R times 6 * K * D in all; z and its gradient, O(N * D), once.
 
 On CPU the passes over a chunk run in column blocks that stay in the cache, and the entropy softmax, whose terms underflow
 to exactly zero below `max - 104 * T` in float32, touches only the codes above that bound where they are few.
@@ -23,7 +30,8 @@ to exactly zero below `max - 104 * T` in float32, touches only the codes above t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +44,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 """Entries of one chunk's logits: 32 MiB of float32 on CPU, 512 MiB on CUDA."""
 CACHE_ELEMENTS = 1 << 17
 """Entries of a column block on CPU: two operands of 512 KiB share the second-level cache."""
+KEPT_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Logits of one chunk that are kept from forward to backward: 16 MiB of float32 on CPU, 256 MiB on CUDA."""
 SPARSE_SHARE = 1 / 32
 """The entropy softmax goes sparse where at most this share of its terms is above underflow."""
 _UNDERFLOW = {torch.float32: 104.0, torch.float64: 746.0}
@@ -92,7 +102,7 @@ def index_backprop(
             "codebook. Keep the quantizer out of mixed precision: its indices would change."
         )
     if chunk_rows is None:
-        budget = CHUNK_ELEMENTS.get(query.device.type, CHUNK_ELEMENTS["cuda"])
+        budget = _of_device(CHUNK_ELEMENTS, query.device)
         chunk_rows = max(1, min(query.shape[0], budget // codebook.shape[0]))
     outputs = _IndexBackprop.apply(query, codebook, entropy_temperature, all_ranks, chunk_rows)
     return IndexBackpropOutput(*outputs)
@@ -101,9 +111,9 @@ def index_backprop(
 @torch.no_grad()
 def nearest_logit(query: Tensor, codebook: Tensor) -> Tensor:
     """int64[N]: argmax of `query @ codebook.T`, in chunks; the indices that `index_backprop` gives, and nothing else."""
-    budget = CHUNK_ELEMENTS.get(query.device.type, CHUNK_ELEMENTS["cuda"])
-    rows = max(1, budget // codebook.shape[0])
-    return torch.cat([(chunk @ codebook.T).argmax(dim=1) for chunk in query.split(rows)])
+    rows = max(1, _of_device(CHUNK_ELEMENTS, query.device) // codebook.shape[0])
+    with _full_float32(query.device):
+        return torch.cat([(chunk @ codebook.T).argmax(dim=1) for chunk in query.split(rows)])
 
 
 class _IndexBackprop(torch.autograd.Function):
@@ -118,11 +128,12 @@ class _IndexBackprop(torch.autograd.Function):
         row_entropy = query.new_zeros(())
         usage = query.new_zeros(k)
         buffer = query.new_empty(min(rows, n), k)
-        for chunk in _chunks(n, rows):
-            logits = torch.mm(query[chunk], codebook.T, out=buffer[: chunk.stop - chunk.start])
-            torch.max(logits, dim=1, keepdim=True, out=(maxima[chunk], indices[chunk, None]))
-            if temperature is not None:
-                row_entropy += _entropy_of_rows(logits, maxima[chunk], temperature, usage, log_norms[chunk])
+        with _full_float32(query.device):
+            for chunk in _chunks(n, rows):
+                logits = torch.mm(query[chunk], codebook.T, out=buffer[: chunk.stop - chunk.start])
+                torch.max(logits, dim=1, keepdim=True, out=(maxima[chunk], indices[chunk, None]))
+                if temperature is not None:
+                    row_entropy += _entropy_of_rows(logits, maxima[chunk], temperature, usage, log_norms[chunk])
         total = torch.full((), float(n), dtype=query.dtype, device=query.device)
         if temperature is None:
             # not `bincount`, which waits for an accelerator to learn how many bins there are
@@ -135,40 +146,79 @@ class _IndexBackprop(torch.autograd.Function):
             mean = usage / total
             entropy = row_entropy / n + torch.xlogy(mean, mean).sum()
         hard = codebook[indices]
-        ctx.save_for_backward(query, codebook, indices, maxima, log_norms, usage, total)
+        kept = buffer if rows >= n and buffer.numel() <= _of_device(KEPT_ELEMENTS, query.device) else None
+        ctx.save_for_backward(query, codebook, indices, maxima, log_norms, usage, total, kept)
         ctx.temperature, ctx.rows = temperature, rows
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(indices, usage)
         return hard, hard.clone(), indices, entropy, usage
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, soft_grad: Tensor, hard_grad: Tensor, _indices: Tensor, entropy_grad: Tensor, _usage: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None]:
-        query, codebook, indices, maxima, log_norms, usage, total = ctx.saved_tensors
-        temperature: float | None = ctx.temperature
+        ctx: Any,
+        soft_grad: Tensor | None,
+        hard_grad: Tensor | None,
+        _indices: None,
+        entropy_grad: Tensor | None,
+        _usage: None,
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        query, codebook, indices, maxima, log_norms, usage, total, kept = ctx.saved_tensors
+        temperature: float | None = ctx.temperature if entropy_grad is not None else None
+        learns = ctx.needs_input_grad[1]
+        codebook_grad = torch.zeros_like(codebook) if learns else None
+        if codebook_grad is not None:
+            for grad in (soft_grad, hard_grad):
+                if grad is not None:
+                    codebook_grad.index_add_(0, indices, grad)
+        if soft_grad is None and temperature is None:
+            # nothing came by way of the softmax
+            return torch.zeros_like(query), codebook_grad, None, None, None
         n, k = query.shape[0], codebook.shape[0]
         query_grad = torch.empty_like(query)
-        codebook_grad = torch.zeros_like(codebook)
         size = min(ctx.rows, n)
-        logits_buffer, value_buffer = query.new_empty(size, k), query.new_empty(size, k)
-        with torch.autocast(query.device.type, enabled=False):
+        logits_buffer = query.new_empty(size, k) if kept is None else kept
+        value_buffer = query.new_empty(size, k)
+        with torch.autocast(query.device.type, enabled=False), _full_float32(query.device):
             log_mean = (usage / total).clamp_(min=torch.finfo(query.dtype).tiny).log_()
             # a row counts 1 / (rows of all ranks) once the caller's weight, N * world / M, and DDP's average are in
-            scale = entropy_grad / max(n, 1)
+            scale = None if entropy_grad is None else entropy_grad / max(n, 1)
             for chunk in _chunks(n, ctx.rows):
                 length = chunk.stop - chunk.start
-                logits = torch.mm(query[chunk], codebook.T, out=logits_buffer[:length])
-                values = torch.mm(soft_grad[chunk], codebook.T, out=value_buffer[:length])
-                if temperature is None:
+                logits, values = logits_buffer[:length], value_buffer[:length]
+                if kept is None:
+                    torch.mm(query[chunk], codebook.T, out=logits)
+                if soft_grad is None:
+                    values.zero_()
+                else:
+                    torch.mm(soft_grad[chunk], codebook.T, out=values)
+                if temperature is None or scale is None:
                     _to_logit_gradient(logits, maxima[chunk], values)
                 else:
                     term = _EntropyTerm(temperature, log_norms[chunk], log_mean, scale)
                     _to_logit_gradient(logits, maxima[chunk], values, term)
                 torch.mm(values, codebook, out=query_grad[chunk])
-                codebook_grad.addmm_(values.T, query[chunk])
-            codebook_grad.index_add_(0, indices, soft_grad + hard_grad)
+                if codebook_grad is not None:
+                    codebook_grad.addmm_(values.T, query[chunk])
         return query_grad, codebook_grad, None, None, None
+
+
+def _of_device(budgets: Mapping[str, int], device: torch.device) -> int:
+    return budgets.get(device.type, budgets["cuda"])
+
+
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever the program around allows: TF32's 10 bits of mantissa change indices."""
+    if device.type != "cuda":
+        yield
+        return
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = allowed
 
 
 def _chunks(n: int, rows: int) -> Iterator[slice]:

@@ -5,11 +5,13 @@ What a checkpoint is, its content decides, not its file name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ett.errors import ModelError
@@ -194,9 +196,16 @@ def discriminator_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The discriminator's tensors of a Lightning state_dict by their own names (``main.*``), in float32; empty where there is
     none, or none of the kind that this package trains, with finite values."""
     found = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-    if shape_of(found) is None or not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+    if shape_of(found) is None or not all(map(_is_usable, found.values())):
         return {}
     return {name: t.float() if t.is_floating_point() else t.long() for name, t in found.items()}
+
+
+def _is_usable(tensor: Any) -> bool:
+    """Whether a tensor is dense, of real numbers, there, and finite."""
+    if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex():
+        return False
+    return bool(tensor.isfinite().all())
 
 
 def _groups(state: Mapping[str, Any]) -> dict[str, int]:
@@ -247,6 +256,8 @@ def _average_notes(state: Mapping[str, Any], kind: str, raw: bool) -> tuple[str,
     updates = state.get(_EMA + "num_updates")
     if kind != "EMA" or raw or updates is None or getattr(updates, "numel", lambda: 0)() != 1:
         return ()
+    if not math.isfinite(float(updates)):
+        return (f"num_updates of its EMA weights is {float(updates)}, which says nothing of them",)
     number = int(updates)
     if number == 0:
         return ("the EMA weights were never updated (num_updates is 0): they may be those before training",)

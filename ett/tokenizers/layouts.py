@@ -227,7 +227,9 @@ def export_tokenizer(
     tensors = _narrow({name: t.detach().cpu().contiguous() for name, t in ibq.state_dict().items()}, dtype)
     publish(destination, _writer(layout, ibq.config, tensors, folder), folder=folder)
     report = _report(ibq, layout, source=str(source or "memory"), weights=f"as they are, in {dtype}")
-    return replace(report, destination=str(destination), notes=_export_notes(ibq.config, layout, folder))
+    return replace(
+        report, destination=str(destination), notes=(*_export_notes(ibq.config, layout, folder), *_left_behind(source))
+    )
 
 
 def _build(config: IBQConfig, tensors: Mapping[str, Tensor], where: str) -> IBQTokenizer:
@@ -299,6 +301,15 @@ def _export_notes(config: IBQConfig, layout: str, folder: bool) -> tuple[str, ..
     if layout == SEED_VOKEN:
         notes.append("there are no EMA weights: the file is for a configuration with use_ema: false")
     return tuple(notes)
+
+
+def _left_behind(source: Path | None) -> tuple[str, ...]:
+    """What lies beside the source and belongs to training."""
+    if source is None or not (source / DISCRIMINATOR_NAME).is_file():
+        return ()
+    return (
+        f"{DISCRIMINATOR_NAME} beside {source} is not written: training that goes on from here begins with a fresh one",
+    )
 
 
 def _narrow(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ from ett.types import Quantized
 
 BETA = 0.25
 """Weight of the codebook term ``mean((hard - sg(z))^2)`` in L_quant (IBQ)."""
+ATTENTION_WIDTH = 8
+"""Widths that are a multiple of it suit all of attention's kernels; others may fall back to one that holds N x K."""
 SCALES = ("distance_unit", "log_scale")
 """Tensors that only set the scale of the logits: a quantizer of another similarity has others, or none."""
 REFERENCE_LOGIT_STD = 32**0.5
@@ -201,9 +203,9 @@ class IndexBackpropagationQuantizer(Quantizer):
 
     @torch.no_grad()
     def nearest(self, features: Tensor) -> Tensor:
-        batch, _, height, width = features.shape
         with torch.autocast(features.device.type, enabled=False):
             found = nearest_logit(self._query(self._rows(features)), self._keys())
+        batch, _, height, width = features.shape
         return found.view(batch, height, width)
 
     def soft(self, features: Tensor, temperature: float = 1.0) -> Tensor:
@@ -214,10 +216,13 @@ class IndexBackpropagationQuantizer(Quantizer):
         with torch.autocast(features.device.type, enabled=False):
             query, keys = self._query(self._rows(features)), self._keys()
             codes = slice(0, self.codebook_dim) if not self.unit_embeddings else slice(-self.codebook_dim, None)
-            # as wide as the keys: attention's fast kernels want one width
-            values = torch.cat([keys[:, codes], keys.new_zeros(len(keys), keys.shape[1] - self.codebook_dim)], dim=1)
+            # attention's fast kernels want one width for all three, of whole vectors; zeros change nothing
+            width = -(-keys.shape[1] // ATTENTION_WIDTH) * ATTENTION_WIDTH
+            query, keys, values = (
+                F.pad(each, (0, width - each.shape[1]))[None, None] for each in (query, keys, keys[:, codes])
+            )
             scale = self.temperature / temperature
-            found = F.scaled_dot_product_attention(query[None, None], keys[None, None], values[None, None], scale=scale)
+            found = F.scaled_dot_product_attention(query, keys, values, scale=scale)
         batch, _, height, width = features.shape
         return found[0, 0, :, : self.codebook_dim].view(batch, height, width, self.codebook_dim).permute(0, 3, 1, 2)
 

@@ -65,7 +65,8 @@ def _softmax(found: Situation) -> dict[str, str]:
         }
     uniform = values["softmax_perplexity"] > UNIFORM_SHARE * quantizer.codebook_size
     if uniform or (mass < DIFFUSE_MASS and nearest < DIFFUSE_NEAREST):
-        other = "" if quantizer.similarity == "distance" else ', or set vision_tokenizer.similarity to "distance"'
+        measured = quantizer.similarity == "distance" or quantizer.normalize
+        other = "" if measured else '; a tokenizer trained anew can have vision_tokenizer.similarity "distance" instead'
         return {
             "diffuse": f"The index softmax is diffuse: {mass:.1%} of its mass lies on the chosen code, which is the nearest "
             f"one for {nearest:.0%} of the tokens, so gradients belong to a mixture of codes. Lower {knob}{other}."

@@ -76,6 +76,8 @@ def steps_of(
         collate_fn=_Collate(data.processor, config.packing),
         num_workers=data.num_workers,
         worker_init_fn=begin_worker,
+        # so that the copy to the accelerator overlaps the step before
+        pin_memory=accelerator.device.type == "cuda",
         # its own generator: a loader otherwise draws its workers' seed from the state that training resumes
         generator=torch.Generator(),
     )

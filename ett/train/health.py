@@ -64,16 +64,18 @@ class HealthConfig:
             nothing.
         min_usage: share of min(K, tokens measured), in [0, 1], under which the codes in use count as a collapse, as does a
             single code. 0 lets everything pass.
-        on_collapse: "warn", or "stop": then every checkpoint is preceded by a look at the usage, so that none holds a collapse.
+        on_collapse: "warn", "stop", or "back_off": training goes back to the last checkpoint, and learning rates are lowered
+            for the rest of the stage. With the last two every checkpoint is preceded by a look at the usage, and none holds a
+            collapse.
         on_non_finite: "stop", or "back_off": the step is left out and learning rates are lowered for the rest of the stage.
         back_off: factor of all learning rates at each back-off, in (0, 1).
-        max_back_offs: after so many, >= 1, the next non-finite step stops the stage.
+        max_back_offs: after so many of both kinds, >= 1, the next collapse or non-finite step stops the stage.
     """
 
     every: int | None = None
     pictures: int = 16
     min_usage: float = 0.01
-    on_collapse: Literal["warn", "stop"] = "warn"
+    on_collapse: Literal["warn", "stop", "back_off"] = "warn"
     on_non_finite: Literal["stop", "back_off"] = "stop"
     back_off: float = 0.5
     max_back_offs: int = 3
@@ -101,6 +103,11 @@ class BackOffs:
         self.in_doubt = False
 
     @property
+    def spent(self) -> bool:
+        """Whether the recipe allows no further one."""
+        return self.count >= self.config.max_back_offs
+
+    @property
     def allowed(self) -> bool:
         """Whether the recipe backs off at all."""
         return self.config.on_non_finite == "back_off"
@@ -123,7 +130,7 @@ class BackOffs:
         """
         shown = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
         what = f"the gradient norm is {norm} ({shown})"
-        if not self.allowed or self.count >= self.config.max_back_offs:
+        if not self.allowed or self.spent:
             backed = f" Learning rates had been lowered {self.count} times, to {self.factor:g} of the recipe's." * bool(
                 self.count
             )
@@ -132,14 +139,28 @@ class BackOffs:
                 f"Stage {self.stage}, step {step}: {what}. The step was not taken; the last checkpoint is kept.{backed} Start "
                 f"anew with a lower optimizer.learning_rate or optimizer.max_grad_norm (--overwrite){knob}."
             )
-        self.count += 1
-        self.factor *= self.config.back_off
+        self._lower()
         message = (
             f"{what[0].upper()}{what[1:]}. The step was left out, and learning rates are {self.factor:g} of the recipe's from "
             f"here on (back-off {self.count} of {self.config.max_back_offs}). If it happens again, lower "
             "optimizer.learning_rate or optimizer.max_grad_norm."
         )
         self.log.warning(self.stage, step, "non_finite", message, once=False)
+
+    def turn_back(self, at: int, to: int) -> None:
+        """Back off because the codebook had collapsed after step `at`; step `to` is where training goes on."""
+        self._lower()
+        message = (
+            f"The codebook had collapsed after step {at}. Training goes on from the checkpoint of step {to}, and learning "
+            f"rates are {self.factor:g} of the recipe's from here on (back-off {self.count} of "
+            f"{self.config.max_back_offs}). If it happens again, raise losses.entropy_weight or lower "
+            "optimizer.learning_rates.vision_tokenizer."
+        )
+        self.log.warning(self.stage, to, "turned_back", message, once=False)
+
+    def _lower(self) -> None:
+        self.count += 1
+        self.factor *= self.config.back_off
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -251,10 +272,14 @@ class HealthMonitor:
             CodebookCollapse: the codebook has collapsed since it was last measured.
         """
         measured = self._passed == step or (self.quantize_after > 0 and step <= self.quantize_after)
-        if self.config.on_collapse == "stop" and not measured:
+        if self.config.on_collapse != "warn" and not measured:
             with undisturbed(self.tokenizer):
                 indices = self.tokenizer.quantize.nearest(self._features())
             self._judge_usage(step, indices, usage_values(indices, self.tokenizer.codebook_size))
+
+    def turned_back(self) -> None:
+        """Steps are taken again: what passed at them says nothing any more."""
+        self._passed = -1
 
     def _check_finite(self, step: int, features: Tensor) -> None:
         ruined = not bool(features.isfinite().all())
@@ -286,7 +311,7 @@ class HealthMonitor:
             "raise losses.entropy_weight, lower optimizer.learning_rates.vision_tokenizer, or let a tokenizer stage place the "
             "codes with quantize_after."
         )
-        if self.config.on_collapse == "stop":
+        if self.config.on_collapse != "warn":
             raise CodebookCollapse(
                 f"Stage {self.stage}, step {step}: {what[0].lower()}{what[1:]} The last checkpoint from before is kept. Start "
                 "anew with other settings (--overwrite), or go on regardless with --resume and health.on_collapse=warn."

@@ -9,30 +9,27 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from ett.data.mixture import encode_draw
-from ett.errors import RecipeError
 from ett.losses.joint import whole_loss
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.packing import check_packable
 from ett.model.processing import Encoded
 from ett.signals import noted_signals
 from ett.tokenizers import VisionTokenizer
-from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 from ett.train.average import WeightAverage
 from ett.train.balance import GradientBalance
 from ett.train.checkpoint import Stateful, random_state, restore_random_state
 from ett.train.compilation import compile_parts
 from ett.train.critics import Critics
 from ett.train.feed import BadSamples, StageData, split_batch, steps_of
-from ett.train.health import BackOffs, HealthMonitor, fixed_batches
+from ett.train.health import BackOffs, CodebookCollapse, HealthMonitor, fixed_batches
 from ett.train.inheritance import Inheritance
 from ett.train.log import RunLog, progress
 from ett.train.measures import undisturbed
@@ -46,12 +43,14 @@ from ett.train.objectives import (
     caption_part,
 )
 from ett.train.optim import build_optimizer, schedule_factor, set_learning_rates
+from ett.train.placing import check_placeable, place_codes
 from ett.train.saving import Saver
-from ett.train.sharding import Sharding, gathered, merge, put, release, shard, whole
+from ett.train.sharding import Sharding, gathered, merge, release, shard, whole
 from ett.train.stages import (
     StageConfig,
     caption_reach,
     check_reach,
+    checkpoint_activations,
     modules_by_part,
     set_trainable,
     train_decoder,
@@ -62,8 +61,6 @@ from ett.types import Batch
 
 WHOLE = ("loss", "caption_loss", "soft_caption_loss", "image_loss", "alpha")
 """Terms of a micro-batch that are its part of the step's already; the others count by its share of the pictures."""
-FEATURES_PER_CODE = 16
-"""Features that place one code: k-means over so many times K of them."""
 
 
 class Interrupted(Exception):
@@ -94,7 +91,7 @@ class Stage:
         inherited: Inheritance | None = None,
     ) -> None:
         if config.quantize_after:
-            _check_placeable(model)
+            check_placeable(model)
         self.config, self.name, self.data, self.log = config, name, data, log
         self.accelerator, self.checkpoints = accelerator, checkpoints
         self.model = model.to(accelerator.device)
@@ -115,7 +112,7 @@ class Stage:
             if config.packing:
                 check_packable(model.language_model)
             if config.gradient_checkpointing:
-                _checkpoint_activations(model.language_model)
+                checkpoint_activations(model.language_model)
             objective = JointObjective(model)
             parts = modules_by_part(model)
         if config.compile:
@@ -198,36 +195,13 @@ class Stage:
         bar = tqdm(total=config.steps, initial=self.step, desc=self.name, unit="step", disable=None, dynamic_ncols=True)
         signals = noted_signals(second_one_stops=True) if received is None else nullcontext(received)
         with signals as self._received, bar, self.saver:
-            self.bad_samples.begin(self.step)
-            started, seen = time.monotonic(), 0
-            stopped, validation_loss = False, None
-            if self.undone.validation:
-                stopped, validation_loss = self._look_back()
-                self._keep(validation_loss)
-            for fed in () if stopped else steps_of(self.data, config, self.step, self.accelerator, self._stopped_alone):
-                self.bad_samples.note(self.step, fed.skipped)
-                if self.step == 0 and config.stage != "decoder" and isinstance(self.model, EttForConditionalGeneration):
-                    self._check_freezing(fed.micro_batches)
-                if config.quantize_after and self.step == config.quantize_after:
-                    self._place_codes()
-                taken = self._train_step(fed.micro_batches)
-                if taken is None:
-                    stopped = True
+            while True:
+                try:
+                    stopped, validation_loss = self._take_steps(bar)
                     break
-                losses, norm = taken
-                self.step += 1
-                seen += config.batch_size
-                bar.update()
-                last = self.step == config.steps
-                if self.step % config.log_every == 0 or last or self.step == 1:
-                    values = {name: float(value) for name, value in losses.items()}
-                    rate = seen / (time.monotonic() - started)
-                    self.log.step(self.name, self.step, config.steps, values, norm, self._rates(), rate)
-                    bar.set_postfix_str(progress(values, rate, self.log.health_now))
-                stopped, validation_loss = self._look_back()
-                if stopped:
-                    break
-                self._keep(validation_loss)
+                except CodebookCollapse as collapse:
+                    self._turn_back(collapse)
+                    bar.update(self.step - bar.n)
             if stopped or self.step < config.steps:
                 if not self.back_offs.in_doubt:
                     self.save(validation_loss)
@@ -238,6 +212,53 @@ class Stage:
         if self.average is not None:
             self.average.apply()
         merge(self.model, self.accelerator.is_main_process)
+
+    def _take_steps(self, bar: tqdm[Any]) -> tuple[bool, float | None]:
+        """Train from the step that is reached to the last one, or until a signal comes; returns what `_look_back` does."""
+        config = self.config
+        self.bad_samples.begin(self.step)
+        started, seen = time.monotonic(), 0
+        stopped, validation_loss = False, None
+        if self.undone.validation:
+            stopped, validation_loss = self._look_back()
+            self._keep(validation_loss)
+        for fed in () if stopped else steps_of(self.data, config, self.step, self.accelerator, self._stopped_alone):
+            self.bad_samples.note(self.step, fed.skipped)
+            if self.step == 0 and config.stage != "decoder" and isinstance(self.model, EttForConditionalGeneration):
+                self._check_freezing(fed.micro_batches)
+            if config.quantize_after and self.step == config.quantize_after:
+                self._place_codes()
+            taken = self._train_step(fed.micro_batches)
+            if taken is None:
+                return True, validation_loss
+            losses, norm = taken
+            self.step += 1
+            seen += config.batch_size
+            bar.update()
+            last = self.step == config.steps
+            if self.step % config.log_every == 0 or last or self.step == 1:
+                values = {name: float(value) for name, value in losses.items()}
+                rate = seen / (time.monotonic() - started)
+                self.log.step(self.name, self.step, config.steps, values, norm, self._rates(), rate)
+                bar.set_postfix_str(progress(values, rate, self.log.health_now))
+            stopped, validation_loss = self._look_back()
+            if stopped:
+                break
+            self._keep(validation_loss)
+        return stopped, validation_loss
+
+    def _turn_back(self, collapse: CodebookCollapse) -> None:
+        """Go on from the last checkpoint, which holds none, at lower rates; where the recipe says so and there is one."""
+        if self.config.health.on_collapse != "back_off" or self.back_offs.spent or not self.saver.saved:
+            raise collapse
+        at, lowered = self.step, self.back_offs.state_dict()
+        self.saver.settle()
+        self.resume()
+        self.back_offs.load_state_dict(lowered)
+        self.log.forget_after({self.name: 0}, self.name, self.step)
+        self.back_offs.turn_back(at, self.step)
+        assert self.health is not None
+        self.health.turned_back()
 
     def _look_back(self) -> tuple[bool, float | None]:
         """Validate the last step and measure the tokenizer's health, where they are due.
@@ -292,7 +313,7 @@ class Stage:
         shares = Shares(float(max(1, supervised)), 1.0, float(max(1, drawn)))
         _, losses, reconstruction = self._objective(batch, shares, quantized=self._codes_are_placed)
         if self.critics is not None and reconstruction is not None and len(reconstruction) > 0:
-            losses |= self.critics.measure(reconstruction, batch.pixel_values, self.step)
+            losses |= self.critics.measure(reconstruction, batch.pixel_values[: len(reconstruction)], self.step)
         return Measured.of(losses, batch)
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -392,31 +413,11 @@ class Stage:
         output: ObjectiveOutput = self.objective(batch, self.losses, shares, **quantizes_later)
         return output
 
-    @torch.no_grad()
     def _place_codes(self) -> None:
-        """Codes go where the features of the mixture's first pictures are; a function of the weights and the recipe alone."""
         assert isinstance(self.model, VisionTokenizer)
-        quantizer = self.model.quantize
-        assert isinstance(quantizer, IndexBackpropagationQuantizer)
-        with gathered(self.objective):
-            features: list[Tensor] = []
-            wanted, draw = FEATURES_PER_CODE * quantizer.codebook_size, 0
-            while sum(each.shape[0] * each.shape[2] * each.shape[3] for each in features) < wanted:
-                draws = range(draw, draw + self.micro_batch)
-                items = [encode_draw(self.data.mixture, each, self.data.processor, None).item for each in draws]
-                features += [self.model.encode(self._collate(items).pixel_values)]
-                draw += self.micro_batch
-            rows = torch.cat([each.flatten(2).transpose(1, 2).flatten(0, 1) for each in features])
-            distance = quantizer.place_codes(rows.T[None, :, :, None])
-            placed = [*quantizer.parameters(), *quantizer.buffers()]
-            if self.accelerator.num_processes > 1:
-                for tensor in placed:
-                    torch.distributed.broadcast(tensor, src=0)
-            placed = [tensor.detach().clone() for tensor in placed]
-        for target, value in zip((*quantizer.parameters(), *quantizer.buffers()), placed, strict=True):
-            put(target, value)
+        distance = place_codes(self.model, self.objective, self.data, self.micro_batch, self.accelerator)
         if self.average is not None:
-            self.average.restart(quantizer)
+            self.average.restart(self.model.quantize)
         self.log.codes_placed(self.name, self.step, distance)
 
     def _health_monitor(self) -> HealthMonitor | None:
@@ -484,17 +485,3 @@ class Stage:
         if self.config.ends_with != "best" or validation_loss is None:
             return False
         return bool(broadcast_object_list([validation_loss < self.saver.best])[0])
-
-
-def _checkpoint_activations(language_model: PreTrainedModel) -> None:
-    # named anew on the way from transformers 5.17 to 5.23, where the old name warns
-    enable = getattr(language_model, "activation_checkpointing_enable", None)
-    (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def _check_placeable(model: nn.Module) -> None:
-    quantizer = model.quantize if isinstance(model, VisionTokenizer) else None
-    if not isinstance(quantizer, IndexBackpropagationQuantizer):
-        raise RecipeError(
-            f"quantize_after places codes by k-means, which {type(quantizer).__name__} has not. Set it to 0."
-        )

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ett.config import require
 from ett.data.mixture import SourceConfig
@@ -181,6 +182,11 @@ class StageConfig:
             return replace(given, caption_weight=0.0)
         return given if self.stage == "joint" else replace(given, image_weight=0.0)
 
+    @property
+    def plays(self) -> bool:
+        """Whether this stage has a discriminator."""
+        return self.loss_config.adversarial_weight > 0 and self.loss_config.tokenizer_weight > 0
+
 
 def part_of(name: str) -> PartName:
     """The part that a parameter of this dotted name belongs to. The index table is the projector's input, so goes with it."""
@@ -256,6 +262,13 @@ def train_decoder(tokenizer: VisionTokenizer) -> None:
     reached = torch.autograd.grad(pixels.sum(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, reached, strict=True):
         parameter.requires_grad_(gradient is not None)
+
+
+def checkpoint_activations(language_model: PreTrainedModel) -> None:
+    """Have the layers' activations recomputed on the way back instead of kept."""
+    # named anew on the way from transformers 5.17 to 5.23, where the old name warns
+    enable = getattr(language_model, "activation_checkpointing_enable", None)
+    (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def train_mode(model: EttForConditionalGeneration, parts: Sequence[PartName]) -> None:

@@ -16,11 +16,12 @@ from ett.cli import main
 from ett.config import from_mapping
 from ett.errors import RecipeError
 from ett.experiments.plan import HARDWARE, StagePlan, Target, find_hardware, parse_memory, plan
-from ett.experiments.plan.estimate import FLEETING, KEPT_SHARE, KEPT_SHARE_OF_CACHED
+from ett.experiments.plan.estimate import FLEETING, KEPT_SHARE, KEPT_SHARE_OF_CACHED, LIBRARY_BYTES
 from ett.experiments.plan.stand_ins import StandIns
 from ett.experiments.plan.tracker import Tracker
 from ett.experiments.recipe import Recipe
 from ett.model.build import build_model, build_vision_tokenizer
+from ett.train import loop
 from ett.train.stages import train_decoder
 
 CPU = Target("cpu-2core", HARDWARE["cpu-2core"])
@@ -110,6 +111,32 @@ def test_what_does_not_fit_is_said_with_the_knob(recipe: Recipe) -> None:
     (stage, *_) = plan(replace(recipe, stages=recipe.stages[:1]), replace(CPU, memory=2**20))
     assert stage.warning is not None
     assert "1 MiB" in stage.warning
+
+
+def test_libraries_count_against_a_machine(recipe: Recipe) -> None:
+    """A plan is above what a process holds before it builds a model; whether it fits is not."""
+    (stage,) = plan(replace(recipe, stages=recipe.stages[:1]), replace(CPU, memory=2**40))
+    assert stage.warning is None
+    (tight,) = plan(replace(recipe, stages=recipe.stages[:1]), replace(CPU, memory=stage.peak + LIBRARY_BYTES - 1))
+    assert tight.warning is not None
+    assert "344 MiB of it for libraries" in tight.warning
+
+
+def test_each_process_measures_its_own_share(recipe: Recipe) -> None:
+    """Validation and health of one of four processes see a quarter of the batch."""
+    semantic = next(stage for stage in recipe.stages if stage.stage == "semantic")
+    seen: list[int] = []
+    plain = loop.Stage.__init__
+
+    def watched(stage: Any, *given: Any, **named: Any) -> None:
+        plain(stage, *given, **named)
+        seen.append(stage.micro_batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Stage, "__init__", watched)
+        alone = replace(recipe, stages=(replace(semantic, batch_size=8, micro_batch_size=None),))
+        plan(alone, replace(CPU, world_size=4))
+    assert seen == [2]
 
 
 def test_sharding_divides(recipe: Recipe) -> None:

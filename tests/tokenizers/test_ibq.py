@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,23 @@ def test_loading_is_strict(tmp_path: Path) -> None:
         VisionTokenizer.from_pretrained(tmp_path)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    tokenizer = VisionTokenizer.from_config(TOKENIZER)
+    with torch.no_grad():
+        next(tokenizer.parameters())[0, 0, 0, 0] = math.nan
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not finite"):
+        VisionTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        VisionTokenizer.from_pretrained(tmp_path)
+
+
+def test_features_without_a_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \[B, 4, h, w\]"):
+        IndexBackpropagationQuantizer(16, 4).nearest(torch.randn(4, 3, 3))
+
+
 def test_another_score_over_the_same_weights() -> None:
     """From distances to dot products or normalised codes: the unit goes, a learned scale comes, all else is shared."""
     saved = VisionTokenizer.from_config({**TOKENIZER, "similarity": "distance", "temperature": 0.5})
@@ -141,7 +159,7 @@ def test_another_score_over_the_same_weights() -> None:
     assert "quantize.log_scale" in dict(unit.named_parameters())
     assert "distance_unit" not in unit.quantize.state_dict()
     # a unit of distance is measured on pictures and cannot begin from nothing
-    with pytest.raises(RecipeError, match="weights have another shape"):
+    with pytest.raises(RecipeError, match="similarity.*measured on pictures"):
         dot.reconfigured({"similarity": "distance"})
     with pytest.raises(RecipeError, match="weights have another shape"):
         saved.reconfigured({"codebook_size": 32})

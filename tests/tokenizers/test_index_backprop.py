@@ -90,6 +90,58 @@ def test_ties_take_the_first_code() -> None:
     assert nearest_logit(query, codebook).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("used", ["soft", "hard", "entropy", "soft entropy", "hard entropy", "soft hard entropy"])
+@pytest.mark.parametrize("keep", [0, 1 << 22])
+@pytest.mark.parametrize("learns", [False, True])
+def test_gradients_of_what_is_used(used: str, keep: int, learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any of the three outputs alone and together, logits kept for the way back or not, the codebook learning or not."""
+    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", keep)
+    query = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
+    codebook = torch.randn(101, 8, dtype=torch.float64, requires_grad=learns)
+    weights = {"soft": torch.randn(37, 8).double(), "hard": torch.randn(37, 8).double(), "entropy": torch.tensor(0.7)}
+
+    def total(outputs: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(outputs[name] * weights[name]).sum() for name in used.split()]).sum()
+
+    soft, hard, _, entropy = dense(query, codebook, 0.3)
+    asked = (query, codebook) if learns else (query,)
+    plain = total({"soft": soft, "hard": hard, "entropy": entropy})
+    expected = torch.autograd.grad(plain, asked, allow_unused=True) if plain.requires_grad else [None]
+    found = index_backprop(query, codebook, 0.3)
+    gradients = torch.autograd.grad(total({"soft": found.soft, "hard": found.hard, "entropy": found.entropy}), asked)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("used", "keep", "products"), [("hard", 0, 0), ("soft", 0, 4), ("soft", 1 << 22, 3)])
+def test_products_of_the_way_back(used: str, keep: int, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the module's docstring says of its work: 4 products, 3 where logits are kept, none without the softmax."""
+    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", keep)
+    query, codebook = torch.randn(16, 4, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    found = index_backprop(query, codebook)
+    with torch.profiler.profile() as profile:
+        getattr(found, used).sum().backward()
+    names = [event.name for event in profile.events()]
+    assert sum(names.count(name) for name in ("aten::mm", "aten::addmm_")) == products
+
+
+def test_float32_is_full_on_an_accelerator() -> None:
+    """A program around that allows TF32 finds its setting again; in between products are of float32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("high")
+        with module._full_float32(torch.device("cuda")):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        assert torch.get_float32_matmul_precision() == "high"
+        with module._full_float32(torch.device("cpu")):
+            assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
 def test_no_matrix_of_n_by_k(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that forward saves and no buffer of a chunk is as large as N x K."""
     n, k = 256, 4096

@@ -346,6 +346,13 @@ def test_a_shipped_discriminator_is_kept(tensors: Tensors, tmp_path: Path) -> No
     assert_same(found.discriminator, theirs)
     assert (found.channels, found.strided_layers, found.moments, found.lecam) == (4, 3, {}, {})
     assert "channels 4, strided_layers 3" in str(report)
+    back = export_tokenizer(
+        VisionTokenizer.from_pretrained(tmp_path / "ours"),
+        tmp_path / "back.ckpt",
+        "seed-voken",
+        source=tmp_path / "ours",
+    )
+    assert any(DISCRIMINATOR_NAME in note and "is not written" in note for note in back.notes)
     assert "loss.discriminator.*" not in {out.what for out in report.left_out}
     assert_same(VisionTokenizer.from_pretrained(tmp_path / "ours").state_dict(), tensors)
     assert "loss.discriminator.*" in {out.what for out in read_tokenizer(tmp_path / "a.ckpt")[1].left_out}
@@ -354,6 +361,8 @@ def test_a_shipped_discriminator_is_kept(tensors: Tensors, tmp_path: Path) -> No
         {**theirs, "main.3.weight": torch.ones(9)},
         {name: tensor for name, tensor in theirs.items() if name != "main.11.bias"},
         {**theirs, "main.0.bias": torch.full((4,), float("inf"))},
+        {**theirs, "main.0.bias": torch.ones(4, dtype=torch.complex64)},
+        {**theirs, "main.0.bias": torch.ones(4, device="meta")},
     ):
         report = imported(wrong)
         assert report.discriminator == ""
@@ -375,6 +384,10 @@ def test_averages_never_updated_are_pointed_out(tensors: Tensors, tmp_path: Path
     content["state_dict"]["model_ema.num_updates"] = torch.tensor(0)
     torch.save(content, tmp_path / "a.ckpt")
     assert any("never updated" in note for note in read_tokenizer(tmp_path / "a.ckpt")[1].notes)
+    for strange in ("nan", "inf"):
+        content["state_dict"]["model_ema.num_updates"] = torch.tensor(float(strange))
+        torch.save(content, tmp_path / "a.ckpt")
+        assert any("says nothing" in note for note in read_tokenizer(tmp_path / "a.ckpt")[1].notes)
 
 
 # -- architecture ----------------------------------------------------------------------------------------------------------

@@ -322,6 +322,64 @@ def test_a_collapse_stops(
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_collapse_backs_off(
+    every: int, toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back to the last checkpoint, at lower rates; to the end, as a run does whose rates were lowered there."""
+    toy_recipe["model"]["vision_tokenizer"]["similarity"] = "distance"
+    health = {"every": every, "on_collapse": "back_off"}
+    recipe = recipe_of(toy_recipe, health=health, ema_decay=0.9)
+    plain = loop_module.Stage._update_weights
+    fallen: list[int] = []
+
+    def falls_once(self: Any) -> None:
+        plain(self)
+        if self.step + 1 == 4 and not fallen:
+            fallen.append(4)
+            with torch.no_grad():
+                codes = self.model.quantize.embedding.weight
+                codes.mul_(1e-4)
+                codes[1:] += 1e3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module.Stage, "_update_weights", falls_once)
+        Run(recipe, tmp_path / "run").train()
+    (told,) = (event for event in events(tmp_path / "run", "warning") if event["kind"] == "turned_back")
+    assert told["step"] == 3
+    for words in ("collapsed after step 4", "checkpoint of step 3", "0.5 of the recipe's", "back-off 1 of 3"):
+        assert words in told["message"]
+    # each step is told once, and the rates of those after it are halved
+    steps = events(tmp_path / "run", "step")
+    assert [event["step"] for event in steps] == [1, 2, 3, 4, 5]
+
+    def halves(self: Any) -> None:
+        if self.step == 3:
+            self.back_offs.factor = 0.5
+        plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module.Stage, "_update_weights", halves)
+        Run(recipe, tmp_path / "halved").train()
+    assert weights(tmp_path / "run") == weights(tmp_path / "halved")
+
+
+def test_collapses_come_to_an_end(toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collapse that comes again and again stops after `max_back_offs`; one before any checkpoint stops at once."""
+    toy_recipe["model"]["vision_tokenizer"]["similarity"] = "distance"
+    recipe = recipe_of(toy_recipe, health={"every": 1, "on_collapse": "back_off", "max_back_offs": 2})
+    collapse(monkeypatch, 3)
+    with pytest.raises(CodebookCollapse, match="step 3"):
+        Run(recipe, tmp_path / "run").train()
+    told = [event["message"] for event in events(tmp_path / "run", "warning") if event["kind"] == "turned_back"]
+    assert [message.split("(")[1].split(")")[0] for message in told] == ["back-off 1 of 2", "back-off 2 of 2"]
+    assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints", "tokenizer")] == [1, 2]
+    monkeypatch.undo()
+    collapse(monkeypatch, 1)
+    with pytest.raises(CodebookCollapse, match="step 1"):
+        Run(recipe, tmp_path / "early").train()
+
+
 def test_a_collapse_warns(
     toy_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

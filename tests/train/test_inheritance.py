@@ -226,6 +226,37 @@ def test_an_imported_discriminator_plays_from_the_first_step(
     assert not torch.equal(after["discriminator.main.0.weight"], theirs["main.0.weight"])
 
 
+def test_a_fresh_one_that_is_heard_at_once_is_warned_of(toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Beside a tokenizer that is trained already, and without a warm-up; not at the start of stage 0."""
+
+    def warned(name: str, **discriminator: Any) -> list[str]:
+        Run(recipe_of(toy_recipe, playing("tokenizer", steps=1, **discriminator)), tmp_path / name).train()
+        return [e["kind"] for e in read_log(tmp_path / name / "log.jsonl") if e["event"] == "warning"]
+
+    assert "fresh_discriminator" not in warned("first", generator_start=0)
+    folder = tmp_path / "first" / "stages" / "0-tokenizer"
+    toy_recipe["model"]["vision_tokenizer"] = {"path": str(folder)}
+    assert "fresh_discriminator" not in warned("inherited", generator_start=0)
+    assert "fresh_discriminator" in warned("fresh", generator_start=0, inherit=False)
+    assert "fresh_discriminator" not in warned("late", generator_start=1, inherit=False)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_smallest_picture_that_it_judges(layers: int, toy_recipe: dict[str, Any]) -> None:
+    config = DiscriminatorConfig(channels=2, strided_layers=layers)
+    judge, side = PatchDiscriminator(config).eval(), config.smallest_side
+    assert judge(torch.zeros(1, 3, side, side)).shape == (1, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        judge(torch.zeros(1, 3, side - 1, side - 1))
+    toy_recipe["model"]["image_size"] = 16
+    stage = playing("tokenizer", channels=2, strided_layers=layers)
+    if side <= 16:
+        recipe_of(toy_recipe, stage)
+    else:
+        with pytest.raises(RecipeError, match=f"pictures of {side} pixels or more, these have 16"):
+            recipe_of(toy_recipe, stage)
+
+
 def test_states_from_before_it_was_handed_on_still_load() -> None:
     """A checkpoint that says nothing of it was written by a stage that began with a fresh one."""
     config = DiscriminatorConfig(**SMALL, generator_start=5)

@@ -24,6 +24,8 @@ DIVIDED: tuple[Part, ...] = ("weights", "gradients", "optimizer", "average")
 PROCESS_BYTES, ARTWORK_BYTES = 54 * 2**20, 46 * 2**20
 """Resident in a process on a CPU beside its tensors, as measured: pages of libraries and fonts that training is the first to
 touch, and the built-in artwork where it is read."""
+LIBRARY_BYTES = 344 * 2**20
+"""Resident in a process on a CPU before it builds a model: the interpreter and what it imports; not in a stage's memory."""
 KEPT_SHARE, KEPT_SHARE_OF_CACHED = 0.7, 0.3
 """Of what comes and goes within a step: what malloc keeps between it, and operations within themselves, as measured
 (docs/plan.md). The second where codes are cached, so that a step has no convolutions."""
@@ -191,7 +193,8 @@ def _on_one_device(found: Rehearsal, target: Target, gradient_bytes: int, gather
 
 def _warning(config: StageConfig, memory: dict[Part, int], target: Target) -> str | None:
     """What dominates and which knob turns it, where `memory` is more than a device has."""
-    needed, available = sum(memory.values()), target.available
+    libraries = LIBRARY_BYTES if target.hardware.device == "cpu" else 0
+    needed, available = sum(memory.values()) + libraries, target.available
     if needed <= available:
         return None
     part = max(memory, key=lambda each: memory[each])
@@ -207,8 +210,9 @@ def _warning(config: StageConfig, memory: dict[Part, int], target: Target) -> st
         "logits": f"{smaller}, or lower max_length",
         "quantizer": f"{smaller}, or choose a smaller codebook_size",
     }
+    beside = f" ({show_bytes(libraries)} of it for libraries)" if libraries else ""
     return (
-        f"It needs {show_bytes(needed)}, and {target.name} has {show_bytes(available)}. The largest part is {part} "
+        f"It needs {show_bytes(needed)}{beside}, and {target.name} has {show_bytes(available)}. The largest part is {part} "
         f"({show_bytes(memory[part])}): {knobs.get(part, fewer)}."
     )
 

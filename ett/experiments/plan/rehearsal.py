@@ -24,7 +24,8 @@ from ett.tokenizers import VisionTokenizer, index_backprop
 from ett.tokenizers.quantizer import IndexBackpropagationQuantizer
 from ett.train.feed import StageData, split_batch
 from ett.train.log import RunLog
-from ett.train.loop import FEATURES_PER_CODE, Stage
+from ett.train.loop import Stage
+from ett.train.placing import FEATURES_PER_CODE
 from ett.train.stages import StageConfig
 from ett.types import Batch
 
@@ -69,7 +70,9 @@ def rehearse(
     # stand-ins all take one code, which would count as a collapse
     config = replace(config, compile=False, health=replace(config.health, min_usage=0.0))
     data = replace(data, processor=cast(EttProcessor, _StandInProcessor(data.processor, stand_ins)))
-    accumulation = split_batch(config, world_size)[1]
+    micro_batch, accumulation = split_batch(config, world_size)
+    # of one process: the stage here believes that it is alone
+    config = replace(config, micro_batch_size=micro_batch)
     with _pretended(device), stand_ins.mode, tracker:
         tracker.assign_module(model)
         accelerator, log = cast(Accelerator, _Understudy(bf16)), cast(RunLog, _SilentLog())
@@ -101,7 +104,8 @@ def _pretended(device: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.Module, "to", lambda module, *_arguments, **_named: module))
         if device != "cpu":
-            stack.enter_context(patch.dict(index_backprop.CHUNK_ELEMENTS, cpu=index_backprop.CHUNK_ELEMENTS[device]))
+            for budgets in (index_backprop.CHUNK_ELEMENTS, index_backprop.KEPT_ELEMENTS):
+                stack.enter_context(patch.dict(budgets, cpu=budgets[device]))
             # whole rows at a time, and no sparse road
             stack.enter_context(patch.object(index_backprop, "CACHE_ELEMENTS", 1 << 62))
             stack.enter_context(patch.object(index_backprop, "SPARSE_SHARE", -1.0))

@@ -19,13 +19,14 @@ STARTS = {"distance": "distance", "normalized": "normalized", "dot": "normalized
 
 
 def test_scores_are_compared_on_equal_terms() -> None:
-    arms = {arm.name: arm.recipe for arm in load_comparison("index_softmax").arms}
+    temperatures = {arm.name: arm.recipe for arm in load_comparison("index_softmax").arms}
+    arms = {arm.name: arm.recipe for arm in load_comparison("index_scores").arms}
     for score, begun in STARTS.items():
         start, frozen, tuned = arms[f"{begun}_start"], arms[f"{begun}_frozen"], arms[f"{score}_tuned"]
         assert (frozen.starts_from, tuned.starts_from) == (f"{begun}_start", f"{begun}_start")
         assert start.stages == arms["distance_start"].stages
-        assert tuned.stages == arms["ett"].stages
-        assert frozen.stages == arms["embedding_frozen"].stages
+        assert tuned.stages == temperatures["ett"].stages
+        assert frozen.stages == temperatures["embedding_frozen"].stages
         # stage 0 of its own: no caption is learned by the tokenizer before the arms part
         assert start.stages[0].parts == ("vision_tokenizer",)
         assert start.stages[0].loss_config.caption_weight == 0
@@ -35,7 +36,7 @@ def test_scores_are_compared_on_equal_terms() -> None:
 def test_a_family_of_arms(tmp_path: Path) -> None:
     """Start, control and tuned arms, one after another as `ett ablate` runs them, two steps and two examples each."""
     score = "normalized"
-    values = read_values("index_softmax")
+    values = read_values("index_scores")
     family = {name: arm for name, arm in values["arms"].items() if name.startswith((f"{score}_", "dot_"))}
     for stage in (*values["stages"], *family[f"{score}_start"]["stages"]):
         stage |= {"steps": 2, "batch_size": 2, "validate_every": None, "log_every": 1, "health": {"pictures": 2}}
@@ -72,7 +73,7 @@ def test_a_family_of_arms(tmp_path: Path) -> None:
 
 def test_scores_begin_as_sharp_as_the_distances() -> None:
     """What the recipe's comments say of the shipped tokenizer: the slopes of the three logits along z . e are equal."""
-    arms = {arm.name: arm.recipe.model.vision_tokenizer for arm in load_comparison("index_softmax").arms}
+    arms = {arm.name: arm.recipe.model.vision_tokenizer for arm in load_comparison("index_scores").arms}
     shipped = load_vision_tokenizer(find_weights("reader_64px"))
     quantizer = shipped.quantize
     assert isinstance(quantizer, IndexBackpropagationQuantizer)
