@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +100,7 @@ def register(add: Add) -> None:
         "ett t2i scenes scenes.jsonl --split heldout",
     )
     sub.add_argument("path", metavar="FILE|DIR", type=Path, help="a new file for prompts, or a folder of drawings")
+    sub.add_argument("--overwrite", action="store_true", help="replace the file that is there")
     sub.add_argument("--split", default="heldout", help="train, validation or heldout (default: %(default)s)")
     sub.add_argument("--num", metavar="N", type=positive, default=120, help="different prompts (default: %(default)s)")
     sub = _sub_command(
@@ -160,7 +163,7 @@ def _neither(arguments: argparse.Namespace) -> int:
 def _draw(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ett.generate.draw import draw, grid_of, requests
+    from ett.generate.draw import check_room, draw, grid_of, requests
     from ett.generate.drawings import manifest_facts, open_folder, read_prompts, write_drawings
 
     quiet_libraries()
@@ -172,6 +175,7 @@ def _draw(arguments: argparse.Namespace) -> int:
     checkpoint, model, processor = _load(arguments.model)
     grid = grid_of(model, processor, _size(arguments.size))
     size = (grid[0] * model.vision_tokenizer.downsample, grid[1] * model.vision_tokenizer.downsample)
+    check_room(model, processor, {request.words: "" for request in asked}, grid)
     open_folder(arguments.out, arguments.overwrite)
     rewriter = arguments.rewrite or arguments.rewrite_with
     facts = manifest_facts(str(arguments.model), checkpoint, sampling, size, rewriter)
@@ -286,7 +290,7 @@ def _scenes(arguments: argparse.Namespace) -> int:
     if arguments.path.is_dir():
         _print_rows({"drawn": judge_scene_folder(arguments.path)}, {})
     else:
-        written = write_prompts(arguments.path, arguments.split, arguments.num)
+        written = write_prompts(arguments.path, arguments.split, arguments.num, overwrite=arguments.overwrite)
         print(f"{arguments.path}: {written} prompts of split {arguments.split!r}")
     return 0
 
@@ -333,13 +337,25 @@ def _rewriter(arguments: argparse.Namespace) -> Callable[[str], str] | None:
         return None
     module, separator, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function) if separator else None
+        with _working_folder_importable():
+            found = getattr(importlib.import_module(module), function) if separator else None
     except (ImportError, AttributeError) as error:
         raise UserError(f"--rewrite {name} cannot be had: {error}.") from error
     if not callable(found):
         raise UserError(f"--rewrite {name} is no function. Write MODULE:FUNCTION, for example my_prompts:longer.")
     rewrite: Callable[[str], str] = found
     return rewrite
+
+
+@contextmanager
+def _working_folder_importable() -> Iterator[None]:
+    """A console script looks for modules where it is installed, and not, as ``python -m`` does, where it is called."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _load(path: Path) -> tuple[str, EttForConditionalGeneration, EttProcessor]:

@@ -66,6 +66,7 @@ def register(add: Add) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from ett.devices import place
+    from ett.evaluate.base import NAMING_LIMIT
     from ett.evaluate.markdown import markdown
     from ett.evaluate.report import evaluation_page
     from ett.evaluate.run import evaluate, load_for_evaluation, save_text
@@ -78,10 +79,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise UserError("A manifest has no splits: give --data or --split, not both.")
     folder = resolve_model_folder(arguments.model)
     split = arguments.split or "validation"
+    recipe = None if arguments.data else recipe_of(arguments.model)
     if arguments.data:
         sources = manifest_source(arguments.data, arguments.image_root)
     else:
-        recipe = recipe_of(arguments.model)
         # a run that holds nothing back can still be measured on built-in data, where one asks for it
         own = recipe is not None and (not arguments.split or held_back(recipe.evaluation.data, recipe.data))
         sources = evaluation_sources(recipe, split) if recipe is not None and own else builtin_sources(split)
@@ -100,6 +101,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             tasks,
             batch_size=arguments.batch_size,
             limit=arguments.limit,
+            naming_limit=NAMING_LIMIT if recipe is None else recipe.evaluation.naming_limit,
             max_new_tokens=arguments.max_new_tokens,
             initial_tokenizer=initial,
             divided=divided,

@@ -78,19 +78,44 @@ def chosen(text: str, choices: Sequence[str]) -> int | None:
     """Which of at most 26 choices an answer names, by its letter or in its own words; None where it names none.
 
     A letter counts alone, in brackets, before one of ".):,", or after "answer", "option" or "choice" ("The answer is B").
+    There, where a word like "a" or "I" may follow as well, what is said after "is" is first looked for among the choices,
+    articles aside, and a letter without brackets counts where it is a capital or ends the text; "I" only where no word follows.
     """
     said = text.strip()
     names = "".join(letters(choices))
     for pattern in (
         rf"\(?([{names}])\)?[.:]?",  # nothing else
         rf"\(([{names}])\).*|([{names}])[.):,].*",  # before the choice itself
-        rf".*\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([{names}])\b.*",
     ):
         found = re.fullmatch(pattern, said, re.DOTALL | re.IGNORECASE)
         if found:
             return names.index((found[1] or found[2]).upper())
-    same = [i for i, choice in enumerate(choices) if normalized(choice) == normalized(said)]
-    return same[0] if same else None
+    after = re.fullmatch(r".*\b(?:answer|option|choice)\s+is\b\s*:?(.*)", said, re.DOTALL | re.IGNORECASE)
+    if after:
+        same = _same_words(after[1], choices)
+        if same is not None:
+            return same
+    found = re.fullmatch(
+        r"(?is:.*\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*)"
+        rf"(?:\((?i:([{names}]))\b|(?!I\s+\w)([{names}])\b|(?i:([{names}]))\W*$)(?s:.*)",
+        said,
+    )
+    if found:
+        return names.index((found[1] or found[2] or found[3]).upper())
+    return _same_words(said, choices)
+
+
+def _same_words(text: str, choices: Sequence[str]) -> int | None:
+    """The choice that `text` is, word by word, or else but for an article in front of either; None where it is none."""
+    for plain in (normalized, _without_article):
+        for i, choice in enumerate(choices):
+            if plain(choice) == plain(text):
+                return i
+    return None
+
+
+def _without_article(text: str) -> str:
+    return re.sub(r"^(?:a|an|the) (?=\w)", "", normalized(text))
 
 
 def letters(choices: Sequence[str]) -> Sequence[str]:

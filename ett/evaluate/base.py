@@ -20,6 +20,8 @@ from ett.model.processing import EttProcessor
 from ett.tokenizers import VisionTokenizer
 from ett.types import Example
 
+NAMING_LIMIT = 32
+"""Examples of a source whose answer is ranked among a hundred where nothing else is said."""
 BUILTIN_LIMIT = 128
 """Examples taken of a built-in source where nothing else is said; a manifest is taken whole."""
 
@@ -90,6 +92,7 @@ class Subject:
         processor: of the model.
         batch_size: examples, or pictures, at a time; figures do not depend on it but for rounding.
         max_new_tokens: where generation stops at the latest.
+        naming_limit: examples of a source that the naming task ranks.
         initial_tokenizer: what the vision tokenizer was before it was tuned; None where nobody asks for the drift.
         divided: whether the processes of the launch share the examples (`ett.evaluate.shares`); each has a copy of the model.
         said: greedy answers by selection and position, so that no task asks again (`ett.evaluate.greedy`).
@@ -102,6 +105,7 @@ class Subject:
     max_new_tokens: int = 64
     initial_tokenizer: VisionTokenizer | None = None
     divided: bool = False
+    naming_limit: int = NAMING_LIMIT
     said: dict[tuple[Selection, int], str] = field(default_factory=dict, repr=False, compare=False)
 
     @property

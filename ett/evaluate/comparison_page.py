@@ -220,15 +220,22 @@ def _search(summary: Summary) -> str:
         [
             safe(arm_title(arm)),
             _change_list(trial["values"]),
-            f"{fixed(trial['caption_loss'], 4)}{' ★' if trial['values'] == each['chosen'] else ''}",
+            f"{_trial_loss(trial)}{' ★' if trial['values'] == each['chosen'] else ''}",
         ]
         for arm, each in found.items()
         for trial in each["trials"]
     ]
     note = (
-        "<p>Caption loss of the last validation, nats per token; the arms were then run with the values marked ★.</p>"
+        "<p>Loss of the last validation: of captions, or of image tokens where an arm only draws [nats per token], or of "
+        "pixels where it does neither; the arms were then run with the values marked ★.</p>"
     )
-    return note + table(["Arm", "Values", "Caption loss"], rows, (2,), "arms")
+    return note + table(["Arm", "Values", "Loss"], rows, (2,), "arms")
+
+
+def _trial_loss(trial: Mapping[str, Any]) -> str:
+    """The one figure beside a trial's values."""
+    (name,) = set(trial) - {"values"}
+    return f"{fixed(trial[name], 4)} ({name.removesuffix('_loss')})"
 
 
 # -- how it was made ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 from ett.data.drawing import PROMPT
 from ett.data.drawn_scenes import SHAPES, TAGS, DrawnScenes
-from ett.errors import DataError
+from ett.errors import DataError, UserError
 from ett.evaluate.base import Metric
 from ett.evaluate.drawing_rows import REAL, JudgedSet, shown_pictures
 from ett.evaluate.run import save_text
@@ -21,6 +21,7 @@ from ett.model.processing import EttProcessor
 
 OVERALL = "scenes_right"
 """The metric over all categories; the others have the categories' names."""
+_FINISH = "Finish the folder with the `ett t2i geneval` that began it: it goes on where it was stopped."
 
 
 def judge_scenes(
@@ -71,8 +72,9 @@ def judge_scene_folder(folder: Path) -> dict[str, Metric]:
     """`scene_metrics` of a folder in GenEval's layout whose prompts are those of `write_prompts`.
 
     Raises:
-        DataError: it holds no such pictures, or a file that cannot be read.
+        DataError: it holds no such pictures, not as many of each prompt, or a file that cannot be read.
     """
+    _check_complete(folder)
     seen, facts = [], []
     for place in sorted(folder.glob("*/metadata.jsonl")):
         try:
@@ -93,12 +95,14 @@ def judge_scene_folder(folder: Path) -> dict[str, Metric]:
     return scene_metrics(seen, facts)
 
 
-def write_prompts(path: Path, split: str, num: int) -> int:
+def write_prompts(path: Path, split: str, num: int, *, overwrite: bool = False) -> int:
     """Write the first `num` different prompts of a split as GenEval's ``evaluation_metadata.jsonl``; returns how many they are.
 
     Raises:
-        UserError: an unknown split, or a file that cannot be written.
+        UserError: an unknown split, or a file that is there and not to be overwritten, or that cannot be written.
     """
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already. Choose another file, or replace it with --overwrite.")
     source, lines = DrawnScenes(split), dict[str, None]()
     for index in range(len(source)):
         if len(lines) == num:
@@ -106,6 +110,20 @@ def write_prompts(path: Path, split: str, num: int) -> int:
         lines[json.dumps(source.facts(index))] = None
     save_text(path, "".join(f"{line}\n" for line in lines))
     return len(lines)
+
+
+def _check_complete(folder: Path) -> None:
+    """Every prompt's folder has its line and as many pictures as the others: one that was begun would be judged in part."""
+    places = sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdecimal())
+    counts = {place: len(list((place / "samples").glob("*.png"))) for place in places}
+    whole = max(counts.values(), default=0)
+    for place, count in counts.items():
+        if whole > 0 and not (place / "metadata.jsonl").is_file():
+            raise DataError(f"{place} has no metadata.jsonl, so nobody knows what was asked for. {_FINISH}")
+        if count < whole:
+            raise DataError(
+                f"{place / 'samples'} holds {count} pictures, and other prompts' folders {whole}. {_FINISH}"
+            )
 
 
 def _asks_for_shapes(asked: object) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 from ett import __version__
 from ett.data.sources import Source
 from ett.errors import ModelError, UserError, unknown
-from ett.evaluate.base import Metric, Prediction, Selection, Subject, Task
+from ett.evaluate.base import NAMING_LIMIT, Metric, Prediction, Selection, Subject, Task
 from ett.evaluate.metrics import codebook_usage, index_perplexity
 from ett.evaluate.run_folder import write_whole
 from ett.evaluate.tasks import TASKS
@@ -106,6 +106,7 @@ def evaluate(
     batch_size: int = 16,
     limit: int | None = None,
     picture_limit: int | None = None,
+    naming_limit: int = NAMING_LIMIT,
     max_new_tokens: int = 64,
     initial_tokenizer: VisionTokenizer | None = None,
     divided: bool = False,
@@ -120,6 +121,7 @@ def evaluate(
         batch_size: examples at a time.
         limit: examples of each source; None takes all of a manifest and `BUILTIN_LIMIT` of others.
         picture_limit: the same for tasks of the vision tokenizer alone; None takes `limit`.
+        naming_limit: of those, how many answers are ranked among a hundred; each costs as much as a hundred answers.
         max_new_tokens: where answers stop at the latest.
         initial_tokenizer: what the model's vision tokenizer was before it was tuned, for the drift task.
         divided: share the examples among the processes of torch.distributed's default group, each of which has loaded the same
@@ -134,7 +136,7 @@ def evaluate(
         ValueError: a size below 1.
     """
     sizes = {"batch_size": batch_size, "limit": limit, "picture_limit": picture_limit, "max_new_tokens": max_new_tokens}
-    for name, value in sizes.items():
+    for name, value in {**sizes, "naming_limit": naming_limit}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     names = [name for name, _ in sources]
@@ -142,7 +144,7 @@ def evaluate(
         raise UserError(
             f"An evaluation needs sources with different names, at least one; got {', '.join(names) or 'none'}."
         )
-    subject = _subject(model, processor, batch_size, max_new_tokens, initial_tokenizer, divided)
+    subject = _subject(model, processor, batch_size, max_new_tokens, initial_tokenizer, divided, naming_limit)
     asked = _tasks(tasks, subject)
     metrics: dict[str, Metric] = {}
     predictions: list[Prediction] = []
@@ -231,6 +233,7 @@ def _subject(
     max_new_tokens: int,
     initial_tokenizer: VisionTokenizer | None,
     divided: bool,
+    naming_limit: int,
 ) -> Subject:
     alone = isinstance(model, VisionTokenizer)
     tokenizer = model if isinstance(model, VisionTokenizer) else model.vision_tokenizer
@@ -239,7 +242,7 @@ def _subject(
         initial_tokenizer = initial_tokenizer.to(tokenizer.encoder_output.device).eval()
     whole = None if alone else model
     assert not isinstance(whole, VisionTokenizer)
-    return Subject(tokenizer, processor, whole, batch_size, max_new_tokens, initial_tokenizer, divided)
+    return Subject(tokenizer, processor, whole, batch_size, max_new_tokens, initial_tokenizer, divided, naming_limit)
 
 
 def _tasks(names: Sequence[str] | None, subject: Subject) -> list[Task]:

@@ -29,6 +29,8 @@ LIKENESS = 0.6
 """Least overlap (intersection over union) with the shape that a region is taken for."""
 POSITION_MARGIN = 0.1
 """Share of two objects' sizes that the distance of their centres must exceed, as in GenEval."""
+_NO_OFFSET = 1e-3
+"""Objects that are nearer both ways, the margin taken off [pixels], lie nowhere, as in GenEval."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,20 @@ def see(picture: PIL.Image.Image) -> list[Seen]:
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
     ground = _ground(pixels)
     distance = np.linalg.norm(lab(pixels) - lab(ground), axis=-1)
+    smallest = int(np.ceil(SMALLEST * distance.size))
     found = []
-    for rough in regions(distance > STANDS_OUT):
+    for rough in regions(distance > STANDS_OUT, smallest):
+        box = _window(rough)
+        colours, strength = pixels[box], distance[box]
         # blurred edges join what lies close together: half of the way to the ground is where an edge lies
-        cover = _cover(pixels, ground, rough, distance)
-        for region in regions(cover > 0.5):
-            if region.sum() >= SMALLEST * region.size:
-                ink = _ink(pixels, region, distance)
-                seen = _shape(np.where(_grown(region), cover, 0.0))
-                if seen.likeness >= LIKENESS:
-                    found.append(Seen(seen.name, nearest_colour(ink), seen.centre, _box(region), seen.likeness))
+        cover = _cover(colours, ground, rough[box], strength)
+        for region in regions(cover > 0.5, smallest):
+            ink = _ink(colours, region, strength)
+            whole = np.zeros(distance.shape)
+            whole[box] = np.where(_grown(region), cover, 0.0)
+            seen = _shape(whole)
+            if seen.likeness >= LIKENESS:
+                found.append(Seen(seen.name, nearest_colour(ink), seen.centre, _size(region), seen.likeness))
     return sorted(found, key=lambda each: -each.likeness)
 
 
@@ -111,24 +117,42 @@ _TO_XYZ = np.asarray(
 )
 
 
-def regions(mask: Mask) -> list[Mask]:
-    """The connected parts of bool[H, W] (edges and corners connect), first row first.
+def regions(mask: Mask, smallest: int = 1) -> list[Mask]:
+    """The connected parts of bool[H, W] (edges and corners connect) of at least so many pixels, first row first.
 
-    Each pixel takes the least number among its own and its neighbours' until nothing changes; the plain loop is a flood fill
-    from every pixel that none has reached yet.
+    The runs of each row are joined with those of the row above that they touch (union and find); the plain loop is a flood
+    fill from every pixel that none has reached yet.
     """
-    height, width = mask.shape
-    outside = height * width
-    labels = np.where(mask, np.arange(outside).reshape(height, width), outside)
-    while True:
-        padded = np.pad(labels, 1, constant_values=outside)
-        least = np.min(
-            [padded[row : row + height, column : column + width] for row in range(3) for column in range(3)], axis=0
-        )
-        spread = np.where(mask, least, outside)
-        if np.array_equal(spread, labels):
-            return [labels == label for label in np.unique(labels[mask])]
-        labels = spread
+    bounds = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    rows, starts = np.nonzero(bounds == 1)
+    ends = np.nonzero(bounds == -1)[1]
+    numbers = _joined(rows.tolist(), starts.tolist(), ends.tolist())
+    labels = np.full(mask.shape, -1)
+    labels[mask] = np.repeat(numbers, ends - starts)
+    sizes = np.bincount(labels[mask])
+    return [labels == number for number in np.flatnonzero(sizes >= max(1, smallest))]
+
+
+def _joined(rows: Sequence[int], starts: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Of each run of pixels [start, end) in reading order, the number of the first run that it hangs together with."""
+    parent = list(range(len(rows)))
+
+    def first(run: int) -> int:
+        while parent[run] != run:
+            parent[run] = parent[parent[run]]
+            run = parent[run]
+        return run
+
+    above = 0
+    for run, row in enumerate(rows):
+        while rows[above] < row - 1 or (rows[above] == row - 1 and ends[above] < starts[run]):
+            above += 1
+        other = above
+        while rows[other] == row - 1 and starts[other] <= ends[run]:
+            one, two = first(run), first(other)
+            parent[max(one, two)] = min(one, two)
+            other += 1
+    return [first(run) for run in range(len(rows))]
 
 
 def _ground(pixels: Array) -> Array:
@@ -157,7 +181,16 @@ def _grown(region: Mask) -> Mask:
     return np.any([padded[r : r + height, c : c + width] for r in range(3) for c in range(3)], axis=0)
 
 
-def _box(region: Mask) -> tuple[float, float]:
+def _window(region: npt.NDArray[Any], margin: int = 0) -> tuple[slice, slice]:
+    """The rows and columns of a region, with a margin as far as the picture goes."""
+    rows, columns = np.nonzero(region)
+    return (
+        slice(max(0, int(rows.min()) - margin), int(rows.max()) + 1 + margin),
+        slice(max(0, int(columns.min()) - margin), int(columns.max()) + 1 + margin),
+    )
+
+
+def _size(region: Mask) -> tuple[float, float]:
     rows, columns = np.nonzero(region)
     return float(np.ptp(columns) + 1), float(np.ptp(rows) + 1)
 
@@ -172,6 +205,9 @@ class _Match:
 def _shape(cover: Array) -> _Match:
     """The shape that overlaps most, laid over `cover` with the same area and the same centroid."""
     area = cover.sum()
+    # no shape of this area reaches farther from its centroid than the square of the area is wide
+    window = _window(cover, margin=int(np.ceil(np.sqrt(area))) + 1)
+    cover, top, left = cover[window], window[0].start, window[1].start
     ys, xs = np.indices(cover.shape) + 0.5
     centre = (float((cover * xs).sum() / area), float((cover * ys).sum() / area))
     found = _Match(SHAPES[0], 0.0, centre)
@@ -182,7 +218,7 @@ def _shape(cover: Array) -> _Match:
         laid = laid[: cover.shape[0], : cover.shape[1]]
         likeness = float(np.minimum(cover, laid).sum() / np.maximum(cover, laid).sum())
         if likeness > found.likeness:
-            found = _Match(name, likeness, centre)
+            found = _Match(name, likeness, (centre[0] + left, centre[1] + top))
     return found
 
 
@@ -199,9 +235,11 @@ def _unit(shape: str) -> tuple[float, tuple[float, float]]:
 def _lies(one: Seen, where: str, other: Seen) -> bool:
     """Whether one object lies left of, right of, above or below another: GenEval's rule, centroids in place of boxes' centres.
 
-    Both may hold at once ("left of" and "above"), and none where the centres are closer than the margin.
+    Of the offset the margin is taken off each way, and what is left of it must be more than half of the whole offset's length.
+    Two may hold at once ("left of" and "above"), or none: the margin shortens the one and not the other.
     """
     offset = np.subtract(one.centre, other.centre)
     beyond = np.maximum(np.abs(offset) - POSITION_MARGIN * np.add(one.size, other.size), 0) * np.sign(offset)
-    length = float(np.linalg.norm(beyond))
-    return length > 0 and float(beyond @ np.asarray(POSITIONS[where])) / length > 0.5
+    if np.all(np.abs(beyond) < _NO_OFFSET):
+        return False
+    return float(beyond @ np.asarray(POSITIONS[where])) / float(np.linalg.norm(offset)) > 0.5

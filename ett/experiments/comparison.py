@@ -193,8 +193,9 @@ def load_comparison(
                 changes = {**own, **(chosen or {}).get(name, {})}
                 recipe = recipe_of_arm({**rest, "seed": seed}, name, changes)
                 if searched is not None and seed == seeds[0] and recipe.starts_from is None:
-                    for number, tried in enumerate(searched.combinations(recipe)):
-                        trial = recipe_of_arm({**rest, "seed": seed}, name, {**changes, **tried, **searched.changes})
+                    for number, tried in enumerate(searched.combinations(recipe, rest, own)):
+                        fewer = searched.changes_of(recipe)
+                        trial = recipe_of_arm({**rest, "seed": seed}, name, {**changes, **tried, **fewer})
                         trials.append(Trial(name, number, tried, trial))
             except RecipeError as error:
                 raise RecipeError(f"arms.{name}: {error}") from error
@@ -204,6 +205,8 @@ def load_comparison(
                 )
             folder = Path(name) if len(seeds) == 1 else Path(name) / f"seed-{seed}"
             arms.append(Arm(name, recipe.seed, recipe, folder))
+    if searched is not None:
+        searched.check(trials)
     return Comparison(str(values.get("name")), values, arms, trials)
 
 
@@ -349,6 +352,7 @@ def _measure(recipe: Recipe, folder: Path, target: Path, *, reads: bool = True) 
         None if reads else TOKENIZER_TASKS[: 1 if initial is None else 2],
         limit=limit,
         picture_limit=min(limit, config.report_pictures or limit),
+        naming_limit=config.naming_limit,
         initial_tokenizer=initial,
     )
     if config.drawings is not None and model is not None and model.image_head is not None:

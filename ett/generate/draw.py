@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,9 @@ from ett.model.text import IMAGE_TOKEN
 
 Rewriter = Callable[[str], str]
 """Turns a prompt into the one that is drawn, for example a chat model that describes it at length."""
+
+_LONGEST_SHOWN = 80
+"""Letters of a prompt in an error."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,39 @@ def requests(prompts: Iterable[str], num: int = 1, seed: int = 0, rewrite: Rewri
     """`num` pictures of each prompt, prompt by prompt; picture j of a prompt has the seed `seed` + j, whatever else is drawn.
 
     Raises:
-        DataError: nothing to draw, a prompt without words or with the picture placeholder, before or after rewriting; `num`
-            below 1 or a negative seed.
+        DataError: nothing to draw, a prompt without words or with the picture placeholder, before or after rewriting, or a
+            rewriter that returns no text; `num` below 1, or seeds outside of [0, 2**63).
     """
     if num < 1:
         raise DataError(f"num is {num}; it must be at least 1.")
     if seed < 0:
         raise DataError(f"seed is {seed}; it must be 0 or more.")
+    if seed + num > 2**63:
+        raise DataError(f"seed is {seed}; with {num} pictures of a prompt it must be at most 2**63 - {num}.")
     found = []
     for prompt in prompts:
         _check(prompt, "The prompt")
-        rewritten = None if rewrite is None else rewrite(prompt)
-        if rewritten is not None:
-            _check(rewritten, f"What became of the prompt {prompt!r}")
+        rewritten = None if rewrite is None else rewritten_by(rewrite, prompt)
         found += [Request(prompt, seed + j, rewritten) for j in range(num)]
     if not found:
         raise DataError("There is no prompt to draw.")
     return found
+
+
+def rewritten_by(rewrite: Rewriter, prompt: str) -> str:
+    """What a rewriter makes of a prompt.
+
+    Raises:
+        DataError: no text, one without words, or one with the picture placeholder.
+    """
+    text: object = rewrite(prompt)
+    if not isinstance(text, str):
+        raise DataError(
+            f"The rewriter returned {text!r} for the prompt {prompt!r}. Let it return a text; the prompt itself where there is "
+            "nothing to rewrite."
+        )
+    _check(text, f"What became of the prompt {prompt!r}")
+    return text
 
 
 def draw(
@@ -81,7 +100,7 @@ def draw(
     batch_size: int = 8,
     on_token: Callable[[int], object] | None = None,
 ) -> Iterator[Picture]:
-    """Draw pictures, in order; no more than a batch is held.
+    """Draw pictures, in order; no more than a batch is held. What is wrong is said before the first is drawn.
 
     Args:
         asked: of `requests`.
@@ -92,8 +111,49 @@ def draw(
     Raises:
         ModelError: no image head, a size that does not divide into tokens or is larger than the model's grid, or a prompt for
             which the language model has no room.
+        ValueError: `batch_size` below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     grid = grid_of(model, processor, size)
+    check_room(model, processor, {request.words: "" for request in asked}, grid)
+    return _drawn(model, processor, asked, sampling, grid, batch_size, on_token)
+
+
+def check_room(
+    model: EttForConditionalGeneration, processor: EttProcessor, words: Mapping[str, str], grid: tuple[int, int]
+) -> None:
+    """The language model has room for every prompt and a picture behind it.
+
+    Args:
+        words: what is to be read -> where it comes from, "" where nobody knows. grid: (h, w) tokens of the pictures.
+
+    Raises:
+        ModelError: it has not; the message has the prompt and its origin.
+    """
+    room = getattr(model.config.text_config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(room, int):
+        return
+    positions = grid[0] * grid[1] + (grid[0] if model.projector.row_end is not None else 0)
+    for text, where in words.items():
+        length = processor.drawing_inputs([text], guided=False)["input_ids"].shape[1]
+        if length + positions > room:
+            shown = text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+            raise ModelError(
+                f"{f'{where}: the' if where else 'The'} prompt {shown!r} takes {length} positions and the picture {positions}, "
+                f"but the language model has {room}. Shorten the prompt, or draw a smaller picture."
+            )
+
+
+def _drawn(
+    model: EttForConditionalGeneration,
+    processor: EttProcessor,
+    asked: Sequence[Request],
+    sampling: ImageSampling,
+    grid: tuple[int, int],
+    batch_size: int,
+    on_token: Callable[[int], object] | None,
+) -> Iterator[Picture]:
     device = model.vision_tokenizer.encoder_output.device
     was_training = [module for module in model.modules() if module.training]
     model.train(False)

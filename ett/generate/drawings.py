@@ -12,6 +12,7 @@ from typing import Any
 
 from ett import __version__
 from ett.errors import DataError
+from ett.files import lines_of
 from ett.generate.draw import Picture, Request, sheet
 from ett.model.image_sampling import ImageSampling
 
@@ -48,7 +49,9 @@ def _drawn_files(manifest: Path) -> list[str]:
 def write_drawings(
     pictures: Iterable[Picture], out: Path, facts: Mapping[str, Any], columns: int
 ) -> Iterator[tuple[Path, Request]]:
-    """Write each picture as it comes; in the end the sheet and the manifest.
+    """Write each picture as it comes, before it its entry in the manifest, and in the end the sheet.
+
+    What was interrupted is thus a folder that `open_folder` knows: its manifest names every picture that is there.
 
     Args:
         facts: of the manifest beside its ``images``, from `manifest_facts`. columns: of the sheet.
@@ -64,12 +67,12 @@ def write_drawings(
         for number, picture in enumerate(pictures):
             request = picture.request
             path = out / f"{number:04d}-{slug(request.prompt)}-{request.seed}.png"
-            picture.image.save(path)
             entries.append(entry(path.name, [request]))
+            write_manifest(out / MANIFEST, {**facts, "images": entries})
+            picture.image.save(path)
             shown.append(picture.image)
             yield path, request
         sheet(shown, columns).save(out / GRID)
-        write_manifest(out / MANIFEST, {**facts, "images": entries})
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror}. Choose another --out folder.") from error
 
@@ -122,12 +125,11 @@ def read_prompts(path: Path) -> list[str]:
         DataError: it cannot be read, or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        prompts = lines_of(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"{path} holds no prompt. Write one a line.")
     return prompts

@@ -35,10 +35,15 @@ class ImageSampling:
     guidance_schedule: GuidanceSchedule = "constant"
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, "temperature", self.temperature, "0 (likeliest token) or above")
+        require(
+            0 <= self.temperature < math.inf,
+            "temperature",
+            self.temperature,
+            "0 (likeliest token) or above, and finite",
+        )
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or null")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        require(self.guidance >= 0, "guidance", self.guidance, "0 or more")
+        require(0 <= self.guidance < math.inf, "guidance", self.guidance, "0 or more, and finite")
 
     @property
     def guided(self) -> bool:
@@ -74,7 +79,10 @@ def draw_tokens(logits: Tensor, sampling: ImageSampling, uniforms: Tensor) -> Te
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = kept(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p).softmax(dim=-1)
+    # of the greatest logit nothing is left to overflow; a temperature has an inverse from the smallest normal number on
+    below = logits.float() - logits.float().amax(dim=-1, keepdim=True)
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    probabilities = kept(below / temperature, sampling.top_k, sampling.top_p).softmax(dim=-1)
     sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
     return torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True).squeeze(1)
 

@@ -97,6 +97,28 @@ def test_chosen(text: str, expected: int | None) -> None:
     assert chosen(text, ["a cat", "dog", "ox"]) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "choices", "expected"),
+    [
+        ("The answer is a dog", ["cat", "dog"], 1),
+        ("The answer is a cat.", ["dog", "a cat"], 1),
+        ("The best option is a red car", ["blue bus", "red car"], 1),
+        ("The best option is a green car", ["blue bus", "red car"], None),
+        ("The answer I would give is cat", [*"stuvwxyz", "dog", "cat"], None),
+        ("The answer I would give: J", [*"stuvwxyz", "dog", "cat"], None),
+        ("The answer is I.", [*"stuvwxyz", "dog", "cat"], 8),
+        ("The answer is A because it barks", ["dog", "cat"], 0),
+        ("the answer is b", ["dog", "cat"], 1),
+        ("Option (b) is right", ["dog", "cat"], 1),
+        ("Option B is right", ["dog", "cat"], 1),
+        ("My choice: the dog", ["dog", "cat"], None),
+        ("The dog.", ["cat", "dog"], 1),
+    ],
+)
+def test_a_word_is_no_letter(text: str, choices: list[str], expected: int | None) -> None:
+    assert chosen(text, choices) == expected
+
+
 def test_letters() -> None:
     assert list(letters(["x", "y", "z"])) == ["A", "B", "C"]
 

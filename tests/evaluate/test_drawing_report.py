@@ -131,6 +131,10 @@ def test_prompts_in_geneval_s_format_and_the_folder_of_their_drawings(
     file, folder = tmp_path / "prompts" / "scenes.jsonl", tmp_path / "drawn"
     assert main(["t2i", "scenes", str(file), "--split", "heldout", "--num", "7"]) == 0
     assert "7 prompts of split 'heldout'" in capsys.readouterr().out
+    written = file.read_bytes()
+    assert main(["t2i", "scenes", str(file), "--num", "3"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert file.read_bytes() == written
     found = layout("geneval", file)
     lines = [json.loads(text) for _, text in found.texts]
     assert len({each["prompt"] for each in lines}) == 7
@@ -146,6 +150,12 @@ def test_prompts_in_geneval_s_format_and_the_folder_of_their_drawings(
     paint([Thing("circle", "red", (0.5, 0.5), 0.01)], 64).save(folder / "00000" / "samples" / "0000.png")
     assert main(["t2i", "scenes", str(folder)]) == 0
     assert f"{6 / 7:.4f}" in capsys.readouterr().out
+    for name, said in (("samples/0000.png", "samples holds 0 pictures"), ("metadata.jsonl", "has no metadata")):
+        content = (folder / "00005" / name).read_bytes()
+        (folder / "00005" / name).unlink()
+        with pytest.raises(DataError, match=rf"00005.*{said}"):
+            judge_scene_folder(folder)
+        (folder / "00005" / name).write_bytes(content)
     bench = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
     for text, said in (('{"tag": "single_object"}', "no scene of shapes"), (json.dumps(bench), "ring"), ("{", "read")):
         (folder / "00003" / "metadata.jsonl").write_text(text, encoding="utf-8")
@@ -153,7 +163,9 @@ def test_prompts_in_geneval_s_format_and_the_folder_of_their_drawings(
             judge_scene_folder(folder)
     with pytest.raises(DataError, match="holds no pictures"):
         judge_scene_folder(tmp_path / "prompts")
-    assert write_prompts(file, "validation", 10_000) < 512
+    assert write_prompts(file, "validation", 10_000, overwrite=True) < 512
+    with pytest.raises(DataError, match="holds no pictures"):
+        judge_scene_folder(tmp_path / "nowhere")
 
 
 def test_settings_are_checked() -> None:

@@ -159,6 +159,10 @@ def test_what_is_not_ours_to_answer_is_refused(models: Any, folder: Path, tmp_pa
         adapter.refuse_sampling({"do_sample": True, "temperature": 0.7})
     with pytest.raises(UserError, match="greedily"):
         adapter.refuse_sampling({"num_beams": 3})
+    with pytest.raises(UserError, match="greedily"):
+        adapter.refuse_sampling({"do_sample": True})
+    adapter.refuse_sampling({"do_sample": True, "temperature": 0})
+    adapter.refuse_sampling({"do_sample": False, "temperature": 0.7})
     with pytest.raises(UserError, match="video"):
         adapter.asked_in_chat([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}], "one")
     with pytest.raises(UserError, match="shows a dict"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ett.cli import main
+from ett.data.drawn_text import DrawnText
 from ett.data.manifest import Manifest
 from ett.data.sources import conversation
 from ett.errors import DataError, ModelError
@@ -252,8 +253,25 @@ def test_what_runs_unasked(tmp_path: Path) -> None:
     assert suited("a", choices=["a", "b"]) == {"choices", "letters"}
     assert suited("a", text="a") == {"reading"}
     assert suited("a", captions=["a"]) == {"captions"}
-    for _, source in builtin_sources():
-        assert {name for name, task in TASKS.items() if task.suits(source)} - {"naming"} == everywhere
+    own = {"names": {"naming"}, "questions": set(), "drawn_text": {"reading"}}
+    for name, source in builtin_sources():
+        assert {task.name for task in TASKS.values() if task.suits(source)} - everywhere == own[name]
+
+
+def test_drawn_text_is_read_from_the_answers_that_are_given_anyway(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def answers(_model: Any, _processor: Any, examples: list[Example], **_: Any) -> list[str]:
+        said.extend(example.id for example in examples)
+        return [str(example.metadata["text"]) for example in examples]
+
+    monkeypatch.setattr("ett.evaluate.greedy.answers", answers)
+    source = DrawnText("validation", size=32, kinds=("word", "colour"))
+    found = evaluate(*toy, [("drawn_text", source)], limit=8)
+    assert {"answers", "reading"} <= set(found.tasks["drawn_text"])
+    assert found.metrics["reading_word_accuracy"].value == 1.0
+    assert 1 <= found.metrics["reading_word_accuracy"].num_examples < 8, "a colour is not written in the picture"
+    assert len(said) == len(set(said)) == 8
 
 
 def test_markdown_and_page(run: Any) -> None:

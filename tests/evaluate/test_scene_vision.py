@@ -12,6 +12,7 @@ import PIL.ImageFilter
 import pytest
 
 from ett.data.drawn_scenes import COLOURS, SHAPES, TAGS, DrawnScenes, Thing, paint
+from ett.evaluate import scene_vision
 from ett.evaluate.scene_vision import Seen, lab, regions, see, shows
 
 
@@ -97,6 +98,29 @@ def test_places(where: str, good: tuple[float, float], bad: list[tuple[float, fl
     assert shows([square, seen(x=x, y=y)], facts)
 
 
+def test_the_offset_is_measured_whole() -> None:
+    """By hand: (10, 8) less a margin of 2 is (8, 6), of the whole length 12.8 it is (0.62, 0.47): right of, and not below."""
+    square, circle = seen("square"), seen(x=30, y=28)
+    places = {
+        where: shows([square, circle], asked({"class": "square"}, {"class": "circle", "position": [where, 0]}))
+        for where in ("left of", "right of", "above", "below")
+    }
+    assert places == {"left of": False, "right of": True, "above": False, "below": False}
+    near = seen(x=22.0005, y=20)
+    assert not shows([square, near], asked({"class": "square"}, {"class": "circle", "position": ["right of", 0]}))
+
+
+def test_a_speckled_picture_costs_no_more_than_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of specks are told by their size, and none is looked at."""
+    rng = np.random.default_rng(0)
+    pixels = np.full((128, 128, 3), 255, dtype=np.uint8)
+    pixels[rng.random((128, 128)) < 0.15] = 0
+    looked: list[Any] = []
+    monkeypatch.setattr(scene_vision, "_cover", lambda *parts: looked.append(parts))
+    assert see(PIL.Image.fromarray(pixels)) == []
+    assert looked == []
+
+
 def test_regions_are_those_of_a_flood_fill() -> None:
     def places(mask: npt.NDArray[np.bool_]) -> set[tuple[int, int]]:
         return {(int(row), int(column)) for row, column in np.argwhere(mask)}
@@ -118,6 +142,7 @@ def test_regions_are_those_of_a_flood_fill() -> None:
     for share in (0.1, 0.3, 0.5):
         mask = rng.random((13, 17)) < share
         assert [places(each) for each in regions(mask)] == filled(mask)
+        assert [places(each) for each in regions(mask, 4)] == [each for each in filled(mask) if len(each) >= 4]
     assert regions(np.zeros((3, 3), dtype=bool)) == []
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ import PIL.Image
 import pytest
 
 from ett.cli import main
-from ett.errors import DataError
+from ett.errors import DataError, ModelError
 from ett.evaluate.t2i import write as write_module
 from ett.evaluate.t2i.check import check_benchmark
 from ett.evaluate.t2i.layouts import layout
@@ -182,6 +186,118 @@ def test_other_settings_are_not_mixed_into_a_folder(
     assert write_benchmark(*parts, found, out, FACTS, SAMPLING) == 1
 
 
+def test_a_name_that_the_scorer_of_dpg_would_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.cat.txt").write_text("a cat", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.cat\.txt has a dot in its name"):
+        layout("dpg", tmp_path)
+
+
+def test_prompts_that_are_sampled_are_rewritten_once(
+    parts: tuple[EttForConditionalGeneration, EttProcessor],
+    prompts: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rewriter that never says the same twice; of three ranks the second comes first, and the first is interrupted."""
+    found, out = layout("geneval", prompts("geneval")), tmp_path / "out"
+    said: list[str] = []
+
+    def sampled(prompt: str) -> str:
+        said.append(f"{prompt}, take {len(said)}")
+        return said[-1]
+
+    def write(**options: Any) -> int:
+        return write_benchmark(*parts, found, out, FACTS, SAMPLING, rewrite=sampled, **options)
+
+    monkeypatch.setattr(write_module, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(write_module, "POLL_SECONDS", 0.01)
+    with pytest.raises(DataError, match="the first rank"):
+        write(rank=1, world_size=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(write_module, "_publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(rank=0, world_size=3)
+    assert said == ["a cat, take 0", "a dog, take 1"]
+    before = manifest_path(out).read_bytes()
+    assert sum(write(rank=rank, world_size=3) for rank in (1, 2, 0)) == len(found.units)
+    assert write() == 0
+    assert len(said) == 2
+    assert manifest_path(out).read_bytes() == before
+    assert check_benchmark(found, out) == []
+    assert {each["rewritten_prompt"] for each in json.loads(before)["images"]} == set(said)
+    # what was drawn is what the manifest says
+    again = tmp_path / "again"
+    write_benchmark(*parts, found, again, FACTS, SAMPLING, rewrite=dict(zip(("a cat", "a dog"), said, strict=True)).get)
+    assert files_of(again) == files_of(out)
+    with pytest.raises(DataError, match="another images"):
+        write_benchmark(*parts, found, out, FACTS, SAMPLING)
+    with pytest.raises(DataError, match="another images"):
+        write(seed=1)
+    manifest_path(out).write_text("{}")
+    with pytest.raises(DataError, match="is no manifest of a benchmark"):
+        write()
+
+
+def interrupted(part: Path, target: Path) -> None:
+    if target.suffix == ".png":
+        raise KeyboardInterrupt
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part.replace(target)
+
+
+def test_what_cannot_be_drawn_is_said_before_the_first_picture(
+    parts: tuple[EttForConditionalGeneration, EttProcessor], prompts: Callable[[str], Path], tmp_path: Path
+) -> None:
+    found, out = layout("geneval", prompts("geneval")), tmp_path / "out"
+
+    def long(prompt: str) -> str:
+        return prompt * (500 if prompt == "a dog" else 1)
+
+    with pytest.raises(
+        ModelError, match=r"00001/samples/0000\.png: the prompt 'a doga dog.*\.\.\.' takes \d+ positions"
+    ):
+        write_benchmark(*parts, found, out, FACTS, SAMPLING, rewrite=long)
+    assert list(out.iterdir()) == []
+    assert not manifest_path(out).exists()
+    for silent in (None, 3):
+        with pytest.raises(DataError, match=f"returned {silent} for the prompt 'a cat'"):
+            write_benchmark(*parts, found, out, FACTS, SAMPLING, rewrite=lambda _, silent=silent: silent)
+    wide = build(image_size=(8, 16))
+    with pytest.raises(ModelError, match="8 x 16 pixels, and the scorer of dpg"):
+        write_benchmark(*wide, layout("dpg", prompts("dpg")), out, FACTS, SAMPLING)
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    """JSON may hold what str.splitlines takes for the end of a line."""
+    prompt = "a cat\u2028and\u0085a dog"
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    text = json.dumps({"prompt": prompt}, ensure_ascii=False)
+    file.write_bytes(f"{text}\r\n\n{text}\n".encode())
+    found = layout("geneval", file)
+    assert [unit.prompt for unit in found.units] == [prompt] * 8
+    for unit in found.units:
+        (out / unit.file).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (8, 8)).save(out / unit.file)
+    for place, line in found.texts:
+        (out / place).write_text(line + "\n", encoding="utf-8")
+    assert check_benchmark(found, out) == []
+    plain = tmp_path / "plain.txt"
+    plain.write_text("a\x0ccat\na dog\n")
+    assert [unit.prompt for unit in layout("t2i-compbench", plain).units] == ["a\x0ccat"] * 10 + ["a dog"] * 10
+
+
+def test_a_scorer_that_crops_knows_one_size(prompts: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = prompts("dpg")
+    (folder / "third.txt").write_text("third", encoding="utf-8")
+    dpg, out = layout("dpg", folder), tmp_path / "dpg"
+    out.mkdir()
+    for size, unit in zip(((8, 8), (16, 16), (8, 8)), dpg.units, strict=True):
+        PIL.Image.new("RGB", size).save(out / unit.file)
+    assert check_benchmark(dpg, out) == ["third.png is 16 x 16 pixels, but most files here are 8 x 8"]
+    PIL.Image.new("RGB", (16, 8)).save(out / "third.png")
+    assert check_benchmark(dpg, out) == ["third.png is 16 x 8 pixels, which is no grid of squares"]
+
+
 def test_the_check_names_every_fault(prompts: Callable[[str], Path], tmp_path: Path) -> None:
     image = PIL.Image.new("RGB", (8, 8))
     geneval = layout("geneval", prompts("geneval"))
@@ -223,6 +339,7 @@ def test_the_check_names_every_fault(prompts: Callable[[str], Path], tmp_path: P
         ("geneval", '{"prompt": 3}', "a text under 'prompt'"),
         ("dpg", "x", "is not a folder"),
         ("t2i-compbench", "a car\na / b", "line 2 contains a slash"),
+        ("t2i-compbench", "a car\na snake_case sign", "line 2 contains an underscore"),
         ("t2i-compbench", "x" * 250, "too long for a file's name"),
         ("t2i-compbench", " \n", "holds no prompt"),
         ("coco", "x", "Unknown text-to-image benchmark"),
@@ -242,6 +359,22 @@ def longer(prompt: str) -> str:
     return f"{prompt}, in colour"
 
 
+def test_a_rewriter_of_the_working_folder(tmp_path: Path) -> None:
+    """The installed script has no working folder among its places of modules; a missing model ends it after the import."""
+    (tmp_path / "my_prompts.py").write_text("print('imported')\ndef longer(prompt):\n    return prompt + '!'\n")
+    script = shutil.which("ett", path=str(Path(sys.executable).parent))
+    command = [script] if script else [sys.executable, "-I", "-m", "ett.cli"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [*command, "draw", "nowhere", "a cat", "--out", "out", "--rewrite", "my_prompts:longer"]
+    ended = subprocess.run(
+        words, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == "imported\n"
+    assert "nowhere" in ended.stderr
+    assert "cannot be had" not in ended.stderr
+
+
 def test_the_command_line(
     parts: tuple[EttForConditionalGeneration, EttProcessor],
     prompts: Callable[[str], Path],
@@ -255,6 +388,7 @@ def test_the_command_line(
     file.write_text("a dog\n", encoding="utf-8")
     words = ["draw", str(folder), "a cat", "--prompts", str(file), "--out", str(out), "--num", "2", "--seed", "5"]
     rewrite = ["--rewrite", "tests.evaluate.test_t2i:longer", "--guidance-schedule", "cosine"]
+    places = list(sys.path)
     assert main([*words, *rewrite]) == 0
     assert "'a cat, in colour'  seed 5" in capsys.readouterr().out
     before = files_of(out)
@@ -270,6 +404,9 @@ def test_the_command_line(
     assert "--overwrite" in capsys.readouterr().err
     assert main([*words, *rewrite, "--overwrite"]) == 0
     assert files_of(out) == before
+    assert sys.path == places
+    long = tmp_path / "long.txt"
+    long.write_text("a" * 9999, encoding="utf-8")
     for bad, said in (
         (["--size", "a"], "is not a size"),
         (["--size", "9x8"], "do not divide"),
@@ -277,6 +414,8 @@ def test_the_command_line(
         (["--rewrite", "nowhere:f"], "cannot be had"),
         (["--rewrite", "json"], "MODULE:FUNCTION"),
         (["--seed", "-1"], "must be 0 or more"),
+        (["--guidance", "inf"], "finite"),
+        (["--prompts", str(long)], "positions"),
     ):
         assert main(["draw", str(folder), "a cat", "--out", str(tmp_path / "bad"), *bad]) == 2
         assert said in capsys.readouterr().err

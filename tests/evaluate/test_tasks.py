@@ -18,6 +18,7 @@ from ett.evaluate.run import Evaluation, evaluate, load_for_evaluation
 from ett.evaluate.sources import builtin_sources, manifest_source
 from ett.evaluate.tasks import TASKS
 from ett.evaluate.tasks.naming import candidate_pool, score_answers
+from ett.experiments.recipe import EvaluationConfig
 from ett.model import EttForConditionalGeneration, EttImageProcessor, EttProcessor
 from ett.tokenizers import VisionTokenizer
 from ett.types import IGNORE_INDEX, Example
@@ -152,6 +153,18 @@ def test_naming(toy: Toy, examples: list[Example], monkeypatch: pytest.MonkeyPat
     assert found["naming_rank"].value == 2.5
     assert found["naming_top1"].value == 0.0
     assert found["naming_reciprocal_rank"].value == pytest.approx(0.4)
+
+
+def test_as_many_names_are_ranked_as_one_pays_for(toy: Toy, examples: list[Example]) -> None:
+    model, processor = toy
+    many = [Example(f"{e.id}-{i}", e.messages, e.images) for i in range(10) for e in examples]
+    for options, ranked in (({}, 32), ({"naming_limit": 40}, 40), ({"naming_limit": 3}, 3)):
+        found = evaluate(model, processor, [("listed", Listed(many))], ["naming"], limit=45, **options).metrics
+        assert found["naming_rank"].num_examples == ranked
+    with pytest.raises(ValueError, match="naming_limit is 0"):
+        evaluate(model, processor, [("listed", Listed(many))], ["naming"], naming_limit=0)
+    with pytest.raises(ValueError, match="naming_limit"):
+        EvaluationConfig(naming_limit=0)
 
 
 def test_naming_is_for_names() -> None:

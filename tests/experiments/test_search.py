@@ -13,11 +13,12 @@ import yaml
 from ett.cli import main
 from ett.errors import RecipeError, UserError
 from ett.experiments import ablate as ablate_module
+from ett.experiments import search as search_module
 from ett.experiments.ablate import ablate, run_only
 from ett.experiments.comparison import load_comparison, open_comparison
 from ett.experiments.recipe import load_recipe
 from ett.experiments.run import Run, load_model
-from ett.experiments.search import Search, read_choices
+from ett.experiments.search import Search, choose, read_choices, run_trial
 
 RATE, OWN = "stages.semantic.optimizer.learning_rate", "stages.semantic.optimizer.learning_rates.vision_tokenizer"
 REFRESH = {"model.init": "arm:ett", "stages": [{"stage": "decoder", "steps": 2, "batch_size": 2}]}
@@ -75,6 +76,75 @@ def test_every_combination_that_means_something_to_the_arm(recipe: Path) -> None
     chosen = load_comparison(recipe, chosen={"ett": {RATE: 7e-4}})
     assert chosen.find("ett:5").recipe.stages[0].optimizer.learning_rate == 7e-4
     assert chosen.find("embedding_frozen:5").recipe.stages[0].optimizer.learning_rate != 7e-4
+
+
+def test_what_makes_an_arm_is_not_searched() -> None:
+    """The search that the head of recipes/ablation.yaml proposes."""
+    search = Search.from_words([f"{RATE}=1e-4,1.5e-4,3e-4", f"{OWN}=2.5e-4,5e-4"], ["stages.semantic.steps=200"])
+    comparison = load_comparison("ablation", search=search)
+    tried = {arm: [set(t.values) for t in comparison.trials if t.arm == arm] for arm in comparison.names}
+    assert tried["ett"] == [{RATE, OWN}] * 6
+    for arm in ("slow_tokenizer", "straight_through"):
+        assert tried[arm] == [{RATE}] * 3, "its tokenizer's own rate is the difference"
+    assert tried["embedding_frozen_longer"] == [{RATE}] * 3
+    assert tried["decoder_refresh"] == []
+    rates = {
+        t.recipe.stages[0].optimizer.learning_rates["vision_tokenizer"]
+        for t in comparison.trials
+        if t.arm == "slow_tokenizer"
+    }
+    assert rates == {1.5e-4}
+    # a key around an arm's own, by number or by name, and an arm without any key that is left
+    around = {"grid": {"stages.0.losses": [{"tokenizer_weight": 0.1}]}, "changes": {}}
+    arms = {trial.arm for trial in load_comparison("ablation", search=around).trials}
+    assert "ett" in arms
+    assert not arms & {"alpha_0", "alpha_0.5", "reconstruction_only", "distillation", "soft_readout"}
+
+
+def test_stages_that_an_arm_has_not() -> None:
+    """ablation_gen: two arms have a stage semantic, the others a stage gen in its place."""
+    gen = "stages.gen.optimizer.learning_rate"
+    search = Search.from_words([f"{RATE}=1.0e-4,3.0e-4", f"{gen}=1.0e-3,3.0e-3"], ["stages.semantic.steps=20"])
+    comparison = load_comparison("ablation_gen", search=search)
+    tried = {arm: [dict(t.values) for t in comparison.trials if t.arm == arm] for arm in comparison.names}
+    assert tried["ett"] == tried["reconstruction_only"] == [{RATE: 1e-4}, {RATE: 3e-4}]
+    assert tried["draws_embedding_frozen"] == tried["draws_index_frozen"] == [{gen: 1e-3}, {gen: 3e-3}]
+    assert tried["draws_ett"] == [], "it starts from an arm"
+    assert {(t.arm.startswith("draws"), t.recipe.stages[0].steps) for t in comparison.trials} == {
+        (False, 20),
+        (True, 3000),
+    }
+    with pytest.raises(RecipeError, match=r"stages\.semantc\.steps"):
+        load_comparison("ablation_gen", search={**search, "changes": {"stages.semantc.steps": 2}})
+    with pytest.raises(RecipeError, match="searched for no arm"):
+        load_comparison("ablation_gen", search={"grid": {"stages.align.steps": [1]}})
+
+
+@pytest.mark.parametrize(
+    ("losses", "measure"),
+    [
+        ({"image_loss": 2.0, "caption_loss": 1.0, "reconstruction_loss": 0.5}, "caption_loss"),
+        ({"image_loss": 2.0}, "image_loss"),
+        ({"commitment_loss": 3.0, "reconstruction_loss": 0.5}, "reconstruction_loss"),
+    ],
+)
+def test_what_a_trial_is_measured_by(
+    losses: dict[str, float], measure: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = load_comparison(recipe, search={"grid": {RATE: [1e-4, 1e-3, 1e-2]}}).trials[:3]
+    values = iter([losses[measure], float("nan"), losses[measure] / 2])
+    monkeypatch.setattr(Run, "train", lambda self: self.folder.open())
+    monkeypatch.setattr(
+        search_module, "read_log", lambda _: [{"event": "validation", "losses": {**losses, measure: next(values)}}]
+    )
+    for trial in trials:
+        run_trial(trial, tmp_path)
+    found = choose(trials, tmp_path)["embedding_frozen"]
+    assert [set(trial) for trial in found["trials"]] == [{"values", measure}] * 3
+    assert found["chosen"] == {RATE: 1e-2}
+    monkeypatch.setattr(search_module, "read_log", lambda _: [])
+    with pytest.raises(UserError, match="none of caption_loss, image_loss"):
+        run_trial(trials[0], tmp_path / "new")
 
 
 @pytest.mark.parametrize("given", [{}, {"grid": {}}, {"grid": {RATE: 1e-4}}, {"grid": {RATE: []}}, {"over": {}}, [1]])

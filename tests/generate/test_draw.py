@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from ett.errors import DataError, ModelError
-from ett.generate.draw import Picture, Request, checkpoint_hash, draw, grid_of, requests, sheet
+from ett.generate.draw import Picture, Request, check_room, checkpoint_hash, draw, grid_of, requests, sheet
 from ett.generate.drawings import manifest_facts, open_folder, read_prompts, slug, write_drawings
 from ett.images import load_image
+from ett.model.drawing import DrawingSteps
 from ett.model.image_sampling import ImageSampling
 from ett.model.text import IMAGE_TOKEN
 from tests.model.test_drawing import build
@@ -35,6 +37,36 @@ def test_prompts_that_cannot_be_drawn(prompts: list[str]) -> None:
         requests(prompts)
     with pytest.raises(DataError, match="What became of the prompt 'cat'"):
         requests(["cat"], rewrite=lambda _: "")
+
+
+@pytest.mark.parametrize("result", [None, 3])
+def test_a_rewriter_returns_a_text(result: Any) -> None:
+    with pytest.raises(DataError, match=rf"The rewriter returned {result} for the prompt 'cat'"):
+        requests(["cat"], rewrite=lambda _: result)
+
+
+def test_seeds_are_what_a_generator_takes() -> None:
+    assert [each.seed for each in requests(["cat"], num=2, seed=2**63 - 2)] == [2**63 - 2, 2**63 - 1]
+    with pytest.raises(DataError, match="at most 2\\*\\*63 - 2"):
+        requests(["cat"], num=2, seed=2**63 - 1)
+
+
+def test_what_cannot_be_drawn_is_said_at_once() -> None:
+    """A prompt that just fits is drawn, one byte more is refused, and so is a batch of nothing."""
+    model, processor = build()
+    room = model.config.text_config.get_text_config().max_position_embeddings
+    words = "a" * (room - 64 - processor.drawing_inputs([""])["input_ids"].shape[1])
+    grid = grid_of(model, processor, None)
+    check_room(model, processor, {words: ""}, grid)
+    DrawingSteps(model, **processor.drawing_inputs([words]), grid=grid)
+    with pytest.raises(ModelError):
+        DrawingSteps(model, **processor.drawing_inputs([words + "a"]), grid=grid)
+    with pytest.raises(ModelError, match=r"The prompt 'a+\.\.\.' takes"):
+        draw(model, processor, requests(["cat", words + "a"]))
+    with pytest.raises(ModelError, match=r"prompts\.txt: the prompt"):
+        check_room(model, processor, {words + "a": "prompts.txt"}, grid)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        draw(model, processor, requests(["cat"]), batch_size=0)
 
 
 def test_pictures_of_a_request_are_those_of_its_seed() -> None:
@@ -85,6 +117,17 @@ def test_the_folder_of_drawings(tmp_path: Path) -> None:
     assert manifest["checkpoint_sha256"] == "abc"
     assert load_image(out / "grid.png").size == (4 * 2 + 2, 4)
 
+    # interrupted: what is there has its record, and can be replaced
+    later = tmp_path / "later"
+    open_folder(later, overwrite=False)
+    written = write_drawings(map(Picture, asked, images), later, facts, 2)
+    next(written)
+    written.close()
+    assert {path.name for path in later.iterdir()} == {"0000-a-cat-0.png", "manifest.json"}
+    assert json.loads((later / "manifest.json").read_text(encoding="utf-8"))["images"] == manifest["images"][:1]
+    open_folder(later, overwrite=True)
+    assert list(later.iterdir()) == []
+
     (out / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match="--overwrite"):
         open_folder(out, overwrite=False)
@@ -101,6 +144,8 @@ def test_prompt_files(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n\n  a dog \n", encoding="utf-8")
     assert read_prompts(path) == ["a cat", "a dog"]
+    path.write_text("a cat\u2028in the sun\r\na dog\n", encoding="utf-8", newline="")
+    assert read_prompts(path) == ["a cat\u2028in the sun", "a dog"]
     path.write_bytes(b"\xff\xfe")
     for bad in (path, tmp_path / "none.txt"):
         with pytest.raises(DataError, match=bad.name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,13 @@ def test_draws_follow_the_softmax() -> None:
     assert set(draw_tokens(many, ImageSampling(top_p=float(mass[2]) - 1e-3), uniforms).tolist()) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-40, 1e-300])
+def test_a_temperature_near_nothing_takes_the_likeliest_token(temperature: float) -> None:
+    logits = torch.tensor([[3.0, -50.0, 90.0], [-7.0, -8.0, -9.0]])
+    found = draw_tokens(logits, ImageSampling(temperature=temperature), torch.tensor([0.0, 0.999], dtype=torch.float64))
+    assert found.tolist() == [2, 0]
+
+
 def test_the_likeliest_token_is_always_kept() -> None:
     found = kept(torch.tensor([[0.0, 5.0, 1.0]]), None, 1e-6)
     assert found.isfinite().tolist() == [[False, True, False]]
@@ -386,7 +394,18 @@ def test_guidance_schedules() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"guidance": -0.1}]
+    "settings",
+    [
+        {"temperature": -1},
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"guidance": -0.1},
+        {"guidance": math.inf},
+        {"guidance": math.nan},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

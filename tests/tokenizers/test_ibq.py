@@ -159,7 +159,7 @@ def test_another_score_over_the_same_weights() -> None:
     assert "quantize.log_scale" in dict(unit.named_parameters())
     assert "distance_unit" not in unit.quantize.state_dict()
     # a unit of distance is measured on pictures and cannot begin from nothing
-    with pytest.raises(RecipeError, match="similarity.*measured on pictures"):
+    with pytest.raises(RecipeError, match=r"similarity.*measured on pictures"):
         dot.reconfigured({"similarity": "distance"})
     with pytest.raises(RecipeError, match="weights have another shape"):
         saved.reconfigured({"codebook_size": 32})

@@ -85,7 +85,8 @@ class Answerer:
 
 def refuse_sampling(settings: Mapping[str, Any]) -> None:
     """Raise UserError where lmms-eval's generation settings are not greedy: other answers than asked for would be silent."""
-    sampled = bool(settings.get("do_sample")) and float(settings.get("temperature") or 1.0) > 0
+    temperature = settings.get("temperature")
+    sampled = bool(settings.get("do_sample")) and (temperature is None or float(temperature) > 0)
     beams = int(settings.get("num_beams") or 1)
     if sampled or beams > 1:
         raise UserError(

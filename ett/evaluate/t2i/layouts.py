@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from ett.errors import DataError, unknown
+from ett.files import lines_of
 
 Kind = Literal["geneval", "dpg", "t2i-compbench"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -60,7 +61,7 @@ def layout(kind: str, prompts: Path) -> Layout:
             category's text file, a prompt a line.
 
     Raises:
-        DataError: an unknown kind, or prompts that cannot be read or cannot be files' names.
+        DataError: an unknown kind, or prompts that cannot be read or whose files the scorer would take for others'.
     """
     if kind == "geneval":
         return _geneval(prompts)
@@ -98,6 +99,11 @@ def _dpg(prompts: Path) -> Layout:
         raise DataError(f"{prompts} holds no *.txt. Give DPG-Bench's folder of prompts, one text file each.")
     units = []
     for path in files:
+        if "." in path.stem:
+            raise DataError(
+                f"{path} has a dot in its name, and this benchmark's scorer takes what stands before the first one for the "
+                "prompt's. Rename the file."
+            )
         text = " ".join(_lines(path))
         units.append(Unit(PurePosixPath(f"{path.stem}.png"), text, tuple(range(SAMPLES["dpg"]))))
     return Layout("dpg", units, ())
@@ -111,6 +117,11 @@ def _compbench(prompts: Path) -> Layout:
                 f"{prompts}, line {number + 1} contains a slash, and this benchmark names its files by their prompts. Take "
                 "the line out."
             )
+        if "_" in prompt:
+            raise DataError(
+                f"{prompts}, line {number + 1} contains an underscore, and this benchmark's scorer takes what stands before "
+                "the first one in a file's name for the prompt. Take the line out."
+            )
         for sample in range(SAMPLES["t2i-compbench"]):
             name = f"{prompt}_{len(units):06d}.png"
             if len(name.encode()) > LONGEST_NAME:
@@ -122,12 +133,11 @@ def _compbench(prompts: Path) -> Layout:
 def _lines(path: Path) -> list[str]:
     """Lines that hold something, without white space around them."""
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = lines_of(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. Give the benchmark's own prompts.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"{path} holds no prompt.")
     return lines

@@ -21,8 +21,6 @@ from ett.generate.chat import prompts
 from ett.types import IGNORE_INDEX, Example, Message
 
 MAX_CANDIDATES = 100
-MAX_EXAMPLES = 32
-"""Each example costs the likelihood of a hundred answers."""
 AnswerIds = dict[tuple[tuple[int, ...], str], list[int]]
 """(ids of the prompt, answer) -> ids of the answer after that prompt."""
 MAX_READ = 400
@@ -33,8 +31,8 @@ class NamingTask(Task):
     """Rank of the right answer among up to `MAX_CANDIDATES`: itself, and answers of other examples of the source, which
     are drawn once, in a seeded order, and are the same for every example.
 
-    An answer's score is its mean log-likelihood per token, the token that ends it included. Up to `MAX_EXAMPLES`
-    examples, at equal distances.
+    An answer's score is its mean log-likelihood per token, the token that ends it included. Up to ``Subject.naming_limit``
+    examples, at equal distances: each costs the likelihood of a hundred answers.
 
     Metrics:
         naming_rank: mean rank, 1 is best; ties count half.
@@ -51,7 +49,7 @@ class NamingTask(Task):
 
     def run(self, subject: Subject, data: Selection) -> TaskResult:
         pool = candidate_pool(data.source)
-        chosen = spread(len(data), min(MAX_EXAMPLES, len(data)))
+        chosen = spread(len(data), min(subject.naming_limit, len(data)))
         ranks: list[float] = []
         counts: list[int] = []
         known: AnswerIds = {}

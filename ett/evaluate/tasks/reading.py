@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ett.data.drawn_text import DrawnText
 from ett.data.manifest import question_and_reference
 from ett.data.sources import Source
 from ett.evaluate.answer_measures import length_class, words_read
@@ -27,7 +28,7 @@ class ReadingTask(Task):
     needs_language_model: ClassVar[bool] = True
 
     def suits(self, source: Source) -> bool:
-        return manifest_states(source, TEXT)
+        return source.name == DrawnText.name or manifest_states(source, TEXT)
 
     def run(self, subject: Subject, data: Selection) -> TaskResult:
         said = greedy(subject, data, f"{data.name} {self.name}", _written)
