@@ -29,23 +29,32 @@ class AtEqualTime:
     final: float
 
 
+def running_times(events: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Seconds of work up to each of the events, in their order: stages one after another, validation included; not what lies
+    between two stages, nor the pauses of a run that was stopped and resumed."""
+    spent, found = 0.0, list[float]()
+    before: Mapping[str, Any] | None = None
+    for event in events:
+        if before is not None and before["stage"] == event["stage"] and event.get("event") != "resumed":
+            spent += float(event["time"]) - float(before["time"])
+        found.append(spent)
+        before = event
+    return found
+
+
 def loss_by_time(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
     """(seconds, validation caption loss) of an arm, both means over its seeds, at every validation that all seeds have.
 
-    Seconds count from a stage's first logged event, stages one after another, validation and pauses of an interrupted run
-    included; compare arms that ran undisturbed, the same number at a time.
+    Seconds count from a stage's first logged event, stages one after another, validation included and pauses of an interrupted
+    run left out; compare arms that ran the same number at a time.
     """
     curves = []
     for events in runs:
-        spent, found = 0.0, list[Point]()
-        for stage in dict.fromkeys(str(event["stage"]) for event in events):
-            own = [event for event in events if event["stage"] == stage and "time" in event]
-            first = min((float(event["time"]) for event in own), default=0.0)
-            for event in own:
-                losses = finite(event.get("losses", {}))
-                if event.get("event") == "validation" and MEASURE in losses:
-                    found.append((spent + float(event["time"]) - first, losses[MEASURE]))
-            spent += max((float(event["time"]) for event in own), default=first) - first
+        found = list[Point]()
+        for event, spent in zip(events, running_times(events), strict=True):
+            losses = finite(event.get("losses", {}))
+            if event.get("event") == "validation" and MEASURE in losses:
+                found.append((spent, losses[MEASURE]))
         curves.append(found)
     if not curves or len({len(curve) for curve in curves}) != 1:
         return []

@@ -20,6 +20,7 @@ from ett.evaluate.drawing_report import asked_examples
 from ett.evaluate.pareto import pareto_svg
 from ett.evaluate.run import load_for_evaluation
 from ett.evaluate.run_folder import read_run, write_whole
+from ett.evaluate.wall_clock import running_times
 from ett.experiments.comparison import (
     EVALUATION_NAME,
     REPORTS,
@@ -152,13 +153,8 @@ def _metrics(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _seconds(run: Path) -> float:
-    """From the first logged step to the last validation, stages added up; pauses of an interrupted run count."""
-    events = read_run(run).events
-    total = 0.0
-    for stage in dict.fromkeys(str(event["stage"]) for event in events):
-        times = [float(event["time"]) for event in events if event["stage"] == stage and "time" in event]
-        total += max(times) - min(times)
-    return total
+    """Of training and validation, from each stage's first logged event to its last."""
+    return max(running_times(read_run(run).events), default=0.0)
 
 
 def committed_proof(comparison: Comparison) -> dict[str, Any] | None:

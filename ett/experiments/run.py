@@ -162,6 +162,8 @@ class Run:
             and not config.discriminator.generator_start
         ):
             log.warning(name, 0, "fresh_discriminator", FRESH_DISCRIMINATOR)
+        if stage.step > 0:
+            log.resumed(name, stage.step)
         log.start_stage(sum(earlier.steps for earlier in self.recipe.stages[:k]))
         # a signal that comes when the last step is done waits until the stage's model is saved
         with noted_signals(second_one_stops=True) as received:

@@ -139,6 +139,10 @@ class RunLog:
         if self.main and not self.quiet:
             tqdm.write(f"Warning ({stage}, step {step}): {message}", file=sys.stderr)
 
+    def resumed(self, stage: str, step: int) -> None:
+        """A process goes on from `step` finished steps; what lies before it in time is a pause."""
+        self._write("resumed", stage, step)
+
     def inherited(self, stage: str, source: Path) -> None:
         """The stage goes on with the discriminator in file `source`."""
         self._write("inherited", stage, 0, discriminator=str(source))

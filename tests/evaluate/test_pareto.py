@@ -10,7 +10,7 @@ import pytest
 
 from ett.evaluate.comparison_markdown import comparison_markdown
 from ett.evaluate.pareto import NAMESPACE, pareto_points, pareto_section, pareto_svg
-from ett.evaluate.wall_clock import at_equal_time, equal_time_section, loss_by_time
+from ett.evaluate.wall_clock import at_equal_time, equal_time_section, loss_by_time, running_times
 
 LETTERS = "drawn_text.caption_loss_per_character"
 PLACES = {"frozen": (0.1, 0.05), "better": (0.2, -0.03), "sharper": (0.5, 0.02), "worse": (-0.4, 0.04)}
@@ -116,6 +116,27 @@ def test_the_clock_counts_stages_and_averages_seeds() -> None:
     two = events((112, 4.0), (124, 3.0)) + events((512, 1.5), stage="chat", start=500.0)
     assert loss_by_time([one, two]) == [(11.0, 3.0), (22.0, 2.0), (33.0, 1.0)]
     assert loss_by_time([one, events((110, 2.0))]) == []
+
+
+def test_pauses_are_no_training() -> None:
+    """Stopped at 30 seconds, resumed an hour later; and what lies between two stages."""
+
+    def told(stage: str, event: str, time: float) -> dict[str, Any]:
+        return {"event": event, "stage": stage, "step": 1, "time": time, "losses": {"caption_loss": 1.0}}
+
+    run = [
+        told("align", "step", 10),
+        told("align", "step", 30),
+        told("align", "resumed", 3630),
+        told("align", "step", 3640),
+        told("align", "validation", 3645),
+        told("semantic", "resumed", 9000),
+        told("semantic", "step", 9002),
+        told("semantic", "validation", 9003),
+    ]
+    assert running_times(run) == [0, 20, 20, 30, 35, 35, 37, 38]
+    assert running_times([]) == []
+    assert [seconds for seconds, _ in loss_by_time([run])] == [35, 38]
 
 
 def test_at_equal_time_slow_arms_have_come_less_far() -> None:

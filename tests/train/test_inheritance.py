@@ -107,6 +107,10 @@ def test_a_resumed_stage_goes_on_as_if_nothing_had_happened(toy_recipe: dict[str
         one, other = (tmp_path / run / "stages" / "1-semantic" / name for run in ("whole", "killed"))
         assert one.read_bytes() == other.read_bytes()
     assert heard(tmp_path / "killed", "semantic") == [True] * 3
+    # where work begins again, for the clock
+    told = [(e["stage"], e["step"]) for e in read_log(tmp_path / "killed" / "log.jsonl") if e["event"] == "resumed"]
+    assert told == [("semantic", 2)]
+    assert "resumed" not in {e["event"] for e in read_log(tmp_path / "whole" / "log.jsonl")}
 
 
 @pytest.mark.parametrize("inherit", [True, False])
