@@ -13,9 +13,10 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -23,6 +24,7 @@ from ett import __version__
 from ett.errors import ModelError
 from ett.export.bundle import Bundle, Shape
 from ett.export.card import model_card
+from ett.model.configuration import EttConfig
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.loading import load_model
 from ett.model.lora import merge_lora
@@ -104,6 +106,11 @@ def forward(
     return outputs
 
 
+def _fresh_language_model(self: Any, config: EttConfig) -> PreTrainedModel:
+    # adapters were merged
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config.text_config))
+
+
 def modeling_source(tokenizer: VisionTokenizer) -> str:
     """``modeling_ett.py`` for a model with a tokenizer of this class."""
     kind = type(tokenizer)
@@ -115,7 +122,10 @@ def modeling_source(tokenizer: VisionTokenizer) -> str:
             ("ett.model.ett", "EttForConditionalGeneration"),
         ),
         entries=ENTRIES,
-        replaced={"EttForConditionalGeneration.forward": inspect.getsource(forward)},
+        replaced={
+            f"EttForConditionalGeneration.{name.__name__}": inspect.getsource(name)
+            for name in (forward, _fresh_language_model)
+        },
         left_out=_trains,
     )
     return (

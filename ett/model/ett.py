@@ -87,9 +87,7 @@ class EttForConditionalGeneration(Drawing, PreTrainedModel, GenerationMixin):
     def __init__(self, config: EttConfig) -> None:
         super().__init__(config)
         self.vision_tokenizer = VisionTokenizer.from_config(config.vision_tokenizer)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        if config.lora is not None:
-            inject_lora(self.language_model, config.lora)
+        self.language_model = self._fresh_language_model(config)
         self.projector = Projector(
             config.projector_config,
             self.vision_tokenizer.codebook_dim,
@@ -103,6 +101,12 @@ class EttForConditionalGeneration(Drawing, PreTrainedModel, GenerationMixin):
             self.image_head = self._fresh_image_head()
         self._head_is_linear: bool | None = None
         self.post_init()
+
+    def _fresh_language_model(self, config: EttConfig) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config.text_config)
+        if config.lora is not None:
+            inject_lora(model, config.lora)
+        return model
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the tokenizer, projector and table initialise themselves, and the language model is its own

@@ -35,12 +35,8 @@ class ImageSampling:
     guidance_schedule: GuidanceSchedule = "constant"
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.temperature < math.inf,
-            "temperature",
-            self.temperature,
-            "0 (likeliest token) or above, and finite",
-        )
+        allowed = "0 (likeliest token) or above, and finite"
+        require(0 <= self.temperature < math.inf, "temperature", self.temperature, allowed)
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or null")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         require(0 <= self.guidance < math.inf, "guidance", self.guidance, "0 or more, and finite")

@@ -167,12 +167,11 @@ class _IndexBackprop(torch.autograd.Function):
         temperature: float | None = ctx.temperature if entropy_grad is not None else None
         learns = ctx.needs_input_grad[1]
         codebook_grad = torch.zeros_like(codebook) if learns else None
-        if codebook_grad is not None:
-            for grad in (soft_grad, hard_grad):
-                if grad is not None:
-                    codebook_grad.index_add_(0, indices, grad)
+        to_chosen = sum(grad for grad in (soft_grad, hard_grad) if grad is not None)
         if soft_grad is None and temperature is None:
             # nothing came by way of the softmax
+            if codebook_grad is not None and isinstance(to_chosen, Tensor):
+                codebook_grad.index_add_(0, indices, to_chosen)
             return torch.zeros_like(query), codebook_grad, None, None, None
         n, k = query.shape[0], codebook.shape[0]
         query_grad = torch.empty_like(query)
@@ -200,6 +199,8 @@ class _IndexBackprop(torch.autograd.Function):
                 torch.mm(values, codebook, out=query_grad[chunk])
                 if codebook_grad is not None:
                     codebook_grad.addmm_(values.T, query[chunk])
+            if codebook_grad is not None and isinstance(to_chosen, Tensor):
+                codebook_grad.index_add_(0, indices, to_chosen)
         return query_grad, codebook_grad, None, None, None
 
 
