@@ -79,7 +79,11 @@ def recipe(toy_recipe: dict[str, Any]) -> dict[str, Any]:
 def told(run: Path) -> list[tuple[str, int, Any]]:
     """What a log says of losses and health, in order."""
     events = read_log(run / "log.jsonl")
-    return [(e["event"], e["step"], e.get("losses", e.get("values"))) for e in events if e["event"] != "warning"]
+    return [
+        (e["event"], e["step"], e.get("losses", e.get("values")))
+        for e in events
+        if e["event"] not in ("warning", "resumed")
+    ]
 
 
 def model_of(run: Path) -> bytes:
