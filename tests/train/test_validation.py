@@ -162,6 +162,8 @@ def test_two_processes_find_what_one_finds(sharding: str, recipe: dict[str, Any]
     assert {"soft_caption_loss", "entropy_loss", "adversarial_loss", "distillation_loss"} <= ours.keys()
     # the discriminator's norms keep each rank's own statistics
     assert theirs.pop("adversarial_loss") == pytest.approx(ours.pop("adversarial_loss"), rel=0.01)
+    # a tokenizer of a few steps is 1e-7 from the initial one: a square of what float32 rounds, equal to its last digits at best
+    assert theirs.pop("distillation_loss") == pytest.approx(ours.pop("distillation_loss"), rel=1e-6, abs=1e-8)
     assert theirs == pytest.approx(ours, rel=1e-6)
 
 
