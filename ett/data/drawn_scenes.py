@@ -63,7 +63,8 @@ class Thing:
 
 
 class DrawnScenes(Source):
-    """Pictures of one to four shapes, with GenEval's prompt as the answer; a pure function of (settings, seed, index).
+    """Pictures of one to four shapes, with GenEval's prompt as the answer, or with a question about one of them; a pure
+    function of (settings, seed, index).
 
     Metadata: source, split, question_kind (the tag), things (as they were drawn), and what a line of GenEval's file holds: tag,
     include, prompt, for "counting" also exclude.
@@ -71,6 +72,7 @@ class DrawnScenes(Source):
     Args:
         split: one of `SPLITS`.
         size: side of the square picture [pixels], at least 32.
+        short_answers: ask for a shape, a number, a colour or a place, and answer with it alone (`question_about`).
         length: number of examples; by default 1,000,000 for train and 512 for the others.
         seed: another one gives other pictures; the prompts of a split stay in it.
 
@@ -80,14 +82,22 @@ class DrawnScenes(Source):
 
     name = "drawn-scenes"
 
-    def __init__(self, split: str = "train", *, size: int = 64, length: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        size: int = 64,
+        short_answers: bool = False,
+        length: int | None = None,
+        seed: int = 0,
+    ) -> None:
         if split not in SPLITS:
             raise DataError(unknown("split of drawn scenes", split, SPLITS))
         if size < _SMALLEST_SIZE:
             raise DataError(f"Drawn scenes need a size of at least {_SMALLEST_SIZE} pixels, not {size}.")
         if length is not None and length < 1:
             raise DataError(f"Drawn scenes need a length of at least 1, not {length}.")
-        self.split, self.size, self.seed = split, size, seed
+        self.split, self.size, self.short_answers, self.seed = split, size, short_answers, seed
         self._length = length if length is not None else _TRAIN_LENGTH if split == "train" else _HELD_OUT_LENGTH
 
     def __len__(self) -> int:
@@ -96,9 +106,10 @@ class DrawnScenes(Source):
     def __getitem__(self, index: int) -> Example:
         facts, rng = self._asked(index)
         things = _placed(facts, rng)
+        about = question_about(facts, rng) if self.short_answers else (rng.choice(QUESTIONS), facts["prompt"])
         return Example(
             id=f"{self.name}/{self.split}/{self.seed}/{index}",
-            messages=conversation(rng.choice(QUESTIONS), facts["prompt"]),
+            messages=conversation(*about),
             images=(paint(things, self.size),),
             metadata={
                 "source": self.name,
@@ -123,6 +134,27 @@ class DrawnScenes(Source):
             facts = _facts(tag, rng)
             if split_of(facts) in (None, self.split):
                 return facts, rng
+
+
+def question_about(facts: Mapping[str, Any], rng: random.Random) -> tuple[str, str]:
+    """(question, short answer) about a picture that fulfils `facts`; of two things either may be asked for. The wording is
+    ours."""
+    tag, include = facts["tag"], facts["include"]
+    first = include[0]["class"]
+    if tag == "single_object":
+        return "Which shape is it?", first
+    if tag == "counting":
+        return f"How many {_plural(first)} are there?", COUNTS[include[0]["count"]]
+    if tag == "position":
+        # the object that is placed comes second
+        other = include[1]["class"]
+        return f"Where is the {other}?", f"{include[1]['position'][0]} the {first}"
+    asked = rng.choice(include)
+    if tag == "two_object":
+        (beside,) = (each["class"] for each in include if each is not asked)
+        return f"Which shape is there beside the {beside}?", asked["class"]
+    assert tag in ("colors", "color_attr")
+    return f"What colour is the {asked['class']}?", asked["color"]
 
 
 def split_of(facts: Mapping[str, Any]) -> str | None:

@@ -70,6 +70,7 @@ class SourceConfig:
         asked: share of a built-in source's examples, in [0, 1], that keep their question; of the others the picture alone
             stands before the answer, as before a caption.
         size: side of drawn pictures [pixels].
+        short_answers: of drawn scenes, a question about one shape and a short answer instead of the whole description.
         seed: of drawn text and scenes.
         draws: the picture is the answer, to what `prompt` says of it: for the stages "gen" and "joint".
         prompt: what is asked for; ``{answer}`` stands for the answer that the source gives, other names in braces for its
@@ -90,6 +91,7 @@ class SourceConfig:
     lines: tuple[int, int] = (2, 4)
     asked: float = 1.0
     size: int = 96
+    short_answers: bool = False
     seed: int = 0
     draws: bool = False
     prompt: str = PROMPT
@@ -104,6 +106,8 @@ class SourceConfig:
         if (self.path is None) == (self.source in STORED):
             needs = "needs a path" if self.path is None else "is built in and has no path"
             raise RecipeError(f"A {self.source} source {needs}; got path = {self.path!r}.")
+        if self.short_answers and (self.source != "drawn_scenes" or self.draws):
+            raise RecipeError("short_answers is for drawn_scenes that are read, not drawn. Leave it out.")
         if self.source != "manifest" and self.image_root is not None:
             raise RecipeError("image_root is for manifests; other sources bring their pictures. Leave it out.")
 
@@ -143,7 +147,7 @@ class SourceConfig:
                 seed=self.seed,
             )
         elif self.source == "drawn_scenes":
-            source = DrawnScenes(split, size=self.size, seed=self.seed)
+            source = DrawnScenes(split, size=self.size, short_answers=self.short_answers, seed=self.seed)
         else:
             artwork = {"names": ArtworkNames, "questions": ArtworkQuestions, "facts": ArtworkFacts}
             source = artwork[self.source](split)

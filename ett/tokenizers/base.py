@@ -153,7 +153,8 @@ class VisionTokenizer(nn.Module, ABC):
 
         Codes found by distance can also be compared by dot product, and any be normalised: the unit of distance is then left
         out, a learned scale begins. Indices change by that, and have to be trained on. Codes that were normalised go on, where
-        they are no longer, as the vectors of length `radius` that they stood for: dot products choose the same ones.
+        they are no longer, as the vectors of length `radius` that they stood for: dot products choose the same ones. A smaller
+        codebook has the centres that k-means finds among the saved codes, each of which counts once.
 
         Args:
             changes: fields of the configuration. where: the recipe's name of them, for errors.
@@ -176,6 +177,12 @@ class VisionTokenizer(nn.Module, ABC):
                 f'{where}.similarity: "distance" has a unit that is measured on pictures as a tokenizer is trained, and the '
                 "saved tokenizer has none. Keep its similarity, or train a tokenizer from the start with this one."
             )
+        if changed.codebook_size < self.codebook_size and isinstance(changed.quantize, IndexBackpropagationQuantizer):
+            codes = given["quantize.embedding.weight"].detach()
+            if not codes.is_meta:
+                changed.quantize.place_codes(codes.T[None, :, :, None])
+            placed = ("quantize.embedding.weight", "quantize.distance_unit")
+            given.update({name: own[name] for name in placed if name in own})
         begun = {name: own[name] for name in ("quantize.log_scale",) if name in own and name not in given}
         try:
             changed.load_state_dict({**given, **begun}, assign=True)

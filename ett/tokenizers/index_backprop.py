@@ -11,25 +11,19 @@ The plain loop that this file replaces (IBQ; symbols as in the paper, `sg` = sto
     p_T     = softmax(logits / T, dim=1)
     entropy = mean_n H(p_T[n]) - H(mean_n p_T[n])
 
-A chunk of rows meets the whole codebook, so that every softmax of a row is complete when the chunk is done and nothing of
-size K is kept per row. Backward recomputes the logits of a chunk. Work: 1 GEMM of 2*N*K*D FLOPs forward, 4 backward
-(logits again, `g @ E.T`, and one for each gradient), with or without the entropy term; memory: two R x K buffers, the
-gradient of the codebook and O(N * D). Where one chunk holds all rows and its logits are few (`KEPT_ELEMENTS`), they are kept
-for the way back as a dense softmax would: 3 GEMMs backward. Without gradient through the softmax (straight-through, no
-entropy) backward is one `index_add_` and no GEMM; a codebook that does not learn saves the last.
+Two schedules are exact and hold no N x K matrix:
 
-Memory traffic, in passes over N * K numbers: forward 1 written by the GEMM and 1 read by the maximum, with entropy 2 more
-reads; backward 2 written by GEMMs, 2 read for the softmax and its mean, 2 read and 1 written for the gradient, 2 read by the
-last GEMMs. On CPU entropy shares the middle ones, which stay in the cache. E is read by four GEMMs and its gradient read and
-written once a chunk, N / R times 6 * K * D in all; z and its gradient, O(N * D), once.
+* **Tiles** (`ett.tokenizers.index_tiles`), on a CPU: some rows meet some codes at a time. Six GEMMs of 2*N*K*D FLOPs a step,
+  two forward and four backward, as the dense form has, and no buffer that grows with N * K.
+* **Rows** (`ett.tokenizers.index_rows`), on an accelerator: a chunk of rows meets the whole codebook. Five GEMMs, one forward
+  and four backward, three where the logits of all are so few that they are kept; two buffers of a chunk's logits.
 
-On CPU the passes over a chunk run in column blocks that stay in the cache, and the entropy softmax, whose terms underflow
-to exactly zero below `max - 104 * T` in float32, touches only the codes above that bound where they are few.
+Both say what memory they move. With or without the entropy term the GEMMs are as many. Without gradient through the softmax
+(straight-through) forward is one GEMM and backward one `index_add_`; a codebook that does not learn saves the last GEMM.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,17 +34,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ett.tokenizers.index_rows import EntropyOfRows, entropy_of_rows, to_logit_gradient
+from ett.tokenizers.index_tiles import (
+    EntropyOfTiles,
+    Support,
+    best_of_tiles,
+    chunks,
+    entropy_of_support,
+    entropy_of_tiles,
+    gradients,
+    search,
+)
+
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Entries of one chunk's logits: 32 MiB of float32 on CPU, 512 MiB on CUDA."""
-CACHE_ELEMENTS = 1 << 17
-"""Entries of a column block on CPU: two operands of 512 KiB share the second-level cache."""
+"""Entries of the logits of one chunk of rows: 32 MiB of float32 on CPU, 512 MiB on CUDA."""
 KEPT_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits of one chunk that are kept from forward to backward: 16 MiB of float32 on CPU, 256 MiB on CUDA."""
-SPARSE_SHARE = 1 / 32
-"""The entropy softmax goes sparse where at most this share of its terms is above underflow."""
-_UNDERFLOW = {torch.float32: 104.0, torch.float64: 746.0}
-"""exp(-x) is exactly zero in the type for every x above this."""
-_LOG2_E = math.log2(math.e)
+"""Logits of one chunk of rows that are kept from forward to backward: 16 MiB of float32 on CPU, 256 MiB on CUDA."""
+TILED_DEVICES = ("cpu",)
+"""Where the schedule is by tiles, unless `chunk_rows` are asked for."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def index_backprop(
     entropy_temperature: float | None = None,
     *,
     all_ranks: bool = False,
+    through_softmax: bool = True,
     chunk_rows: int | None = None,
 ) -> IndexBackpropOutput:
     """Quantize `query` over `codebook` with IBQ's gradients.
@@ -90,33 +92,96 @@ def index_backprop(
             entropy is then ``mean_n H(p_T[n])`` of this rank's N rows minus H of the mean over all ranks' M rows. To be weighed
             as every mean over a rank's rows is: times ``N * world / M``, and averaged over ranks, as DDP does with gradients,
             values and gradients are those of the term over all M rows, whatever their shares.
-        chunk_rows: rows at a time; None chooses by device.
+        through_softmax: whether a gradient will come to `soft`, so that what it needs is best found at once; if one comes all
+            the same, the tiles are gone through once more.
+        chunk_rows: chunks of so many rows; None chooses the schedule by device and size.
 
     Source: IBQ (arXiv 2412.02692), whose backward is, by the chain rule (docs/method.md):
     ``dL/dl_k = p_k (g.e_k - sum_j p_j g.e_j)`` and ``dL_entropy/dl = p_T (c - sum p_T c) / (N T)`` with
     ``c = -l/T + log mean_n p_T``.
     """
-    if query.dtype not in _UNDERFLOW or codebook.dtype != query.dtype:
+    if query.dtype not in (torch.float32, torch.float64) or codebook.dtype != query.dtype:
         raise TypeError(
             f"The quantizer works in float32 (or float64 for tests); got {query.dtype} features and a {codebook.dtype} "
             "codebook. Keep the quantizer out of mixed precision: its indices would change."
         )
+    if chunk_rows is None and query.device.type in TILED_DEVICES:
+        return IndexBackpropOutput(
+            *_ByTiles.apply(
+                query, codebook, entropy_temperature, all_ranks, through_softmax and torch.is_grad_enabled()
+            )
+        )
     if chunk_rows is None:
         budget = _of_device(CHUNK_ELEMENTS, query.device)
         chunk_rows = max(1, min(query.shape[0], budget // codebook.shape[0]))
-    outputs = _IndexBackprop.apply(query, codebook, entropy_temperature, all_ranks, chunk_rows)
-    return IndexBackpropOutput(*outputs)
+    return IndexBackpropOutput(*_ByRows.apply(query, codebook, entropy_temperature, all_ranks, chunk_rows))
 
 
 @torch.no_grad()
 def nearest_logit(query: Tensor, codebook: Tensor) -> Tensor:
-    """int64[N]: argmax of `query @ codebook.T`, in chunks; the indices that `index_backprop` gives, and nothing else."""
+    """int64[N]: argmax of `query @ codebook.T`; the indices that `index_backprop` gives, and nothing else."""
+    if query.device.type in TILED_DEVICES:
+        return best_of_tiles(query, codebook)
     rows = max(1, _of_device(CHUNK_ELEMENTS, query.device) // codebook.shape[0])
     with _full_float32(query.device):
         return torch.cat([(chunk @ codebook.T).argmax(dim=1) for chunk in query.split(rows)])
 
 
-class _IndexBackprop(torch.autograd.Function):
+class _ByTiles(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, codebook: Tensor, temperature: float | None, all_ranks: bool, attend: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        attend = attend and any(ctx.needs_input_grad)
+        found = search(query, codebook, attend=attend, temperature=temperature)
+        row_entropy, usage, entropy_norms = query.new_zeros(()), query.new_zeros(len(codebook)), None
+        if temperature is not None and found.support is not None:
+            row_entropy = entropy_of_support(found.support, usage)
+        elif temperature is not None:
+            row_entropy, entropy_norms = entropy_of_tiles(query, codebook, found.maxima, temperature, usage)
+        usage, total, entropy = _batch_entropy(row_entropy, usage, found.indices, temperature, all_ranks)
+        support = () if found.support is None else (found.support.row, found.support.code, found.support.log_weight)
+        kept = (found.log_norms, found.attention, entropy_norms, *support)
+        ctx.save_for_backward(query, codebook, found.indices, usage, total, *kept)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(found.indices, usage)
+        hard = codebook[found.indices]
+        return hard, hard.clone(), found.indices, entropy, usage
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        soft_grad: Tensor | None,
+        hard_grad: Tensor | None,
+        _indices: None,
+        entropy_grad: Tensor | None,
+        _usage: None,
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        query, codebook, indices, usage, total, log_norms, attention, entropy_norms, *support = ctx.saved_tensors
+        softmax = term = None
+        if soft_grad is not None:
+            if attention is None:
+                found = search(query, codebook, attend=True)
+                log_norms, attention = found.log_norms, found.attention
+            softmax = soft_grad, log_norms, attention
+        if entropy_grad is not None and ctx.temperature is not None:
+            term = EntropyOfTiles(
+                ctx.temperature,
+                _log_mean(usage, total),
+                entropy_grad / max(len(query), 1),
+                Support(*support) if support else None,
+                entropy_norms,
+            )
+        learns = ctx.needs_input_grad[1]
+        with torch.autocast(query.device.type, enabled=False):
+            query_grad, codebook_grad = gradients(query, codebook, softmax, term, codebook_learns=learns)
+        _add_to_chosen(codebook_grad, indices, soft_grad, hard_grad)
+        return query_grad, codebook_grad, None, None, None
+
+
+class _ByRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, codebook: Tensor, temperature: float | None, all_ranks: bool, rows: int
@@ -129,22 +194,12 @@ class _IndexBackprop(torch.autograd.Function):
         usage = query.new_zeros(k)
         buffer = query.new_empty(min(rows, n), k)
         with _full_float32(query.device):
-            for chunk in _chunks(n, rows):
+            for chunk in chunks(n, rows):
                 logits = torch.mm(query[chunk], codebook.T, out=buffer[: chunk.stop - chunk.start])
                 torch.max(logits, dim=1, keepdim=True, out=(maxima[chunk], indices[chunk, None]))
                 if temperature is not None:
-                    row_entropy += _entropy_of_rows(logits, maxima[chunk], temperature, usage, log_norms[chunk])
-        total = torch.full((), float(n), dtype=query.dtype, device=query.device)
-        if temperature is None:
-            # not `bincount`, which waits for an accelerator to learn how many bins there are
-            usage.index_add_(0, indices, torch.ones_like(usage[:1]).expand(n))
-        if all_ranks:
-            dist.all_reduce(usage)
-            dist.all_reduce(total)
-        entropy = query.new_zeros(())
-        if temperature is not None:
-            mean = usage / total
-            entropy = row_entropy / n + torch.xlogy(mean, mean).sum()
+                    row_entropy += entropy_of_rows(logits, maxima[chunk], temperature, usage, log_norms[chunk])
+        usage, total, entropy = _batch_entropy(row_entropy, usage, indices, temperature, all_ranks)
         hard = codebook[indices]
         kept = buffer if rows >= n and buffer.numel() <= _of_device(KEPT_ELEMENTS, query.device) else None
         ctx.save_for_backward(query, codebook, indices, maxima, log_norms, usage, total, kept)
@@ -167,11 +222,9 @@ class _IndexBackprop(torch.autograd.Function):
         temperature: float | None = ctx.temperature if entropy_grad is not None else None
         learns = ctx.needs_input_grad[1]
         codebook_grad = torch.zeros_like(codebook) if learns else None
-        to_chosen = sum(grad for grad in (soft_grad, hard_grad) if grad is not None)
         if soft_grad is None and temperature is None:
             # nothing came by way of the softmax
-            if codebook_grad is not None and isinstance(to_chosen, Tensor):
-                codebook_grad.index_add_(0, indices, to_chosen)
+            _add_to_chosen(codebook_grad, indices, soft_grad, hard_grad)
             return torch.zeros_like(query), codebook_grad, None, None, None
         n, k = query.shape[0], codebook.shape[0]
         query_grad = torch.empty_like(query)
@@ -179,10 +232,10 @@ class _IndexBackprop(torch.autograd.Function):
         logits_buffer = query.new_empty(size, k) if kept is None else kept
         value_buffer = query.new_empty(size, k)
         with torch.autocast(query.device.type, enabled=False), _full_float32(query.device):
-            log_mean = (usage / total).clamp_(min=torch.finfo(query.dtype).tiny).log_()
+            log_mean = _log_mean(usage, total)
             # a row counts 1 / (rows of all ranks) once the caller's weight, N * world / M, and DDP's average are in
             scale = None if entropy_grad is None else entropy_grad / max(n, 1)
-            for chunk in _chunks(n, ctx.rows):
+            for chunk in chunks(n, ctx.rows):
                 length = chunk.stop - chunk.start
                 logits, values = logits_buffer[:length], value_buffer[:length]
                 if kept is None:
@@ -192,16 +245,45 @@ class _IndexBackprop(torch.autograd.Function):
                 else:
                     torch.mm(soft_grad[chunk], codebook.T, out=values)
                 if temperature is None or scale is None:
-                    _to_logit_gradient(logits, maxima[chunk], values)
+                    to_logit_gradient(logits, maxima[chunk], values)
                 else:
-                    term = _EntropyTerm(temperature, log_norms[chunk], log_mean, scale)
-                    _to_logit_gradient(logits, maxima[chunk], values, term)
+                    term = EntropyOfRows(temperature, log_norms[chunk], log_mean, scale)
+                    to_logit_gradient(logits, maxima[chunk], values, term)
                 torch.mm(values, codebook, out=query_grad[chunk])
                 if codebook_grad is not None:
                     codebook_grad.addmm_(values.T, query[chunk])
-            if codebook_grad is not None and isinstance(to_chosen, Tensor):
-                codebook_grad.index_add_(0, indices, to_chosen)
+        _add_to_chosen(codebook_grad, indices, soft_grad, hard_grad)
         return query_grad, codebook_grad, None, None, None
+
+
+def _batch_entropy(
+    row_entropy: Tensor, usage: Tensor, indices: Tensor, temperature: float | None, all_ranks: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(usage of all ranks [K], rows of all ranks [], entropy term []), given the sum of the rows' entropies and this rank's
+    usage."""
+    n = len(indices)
+    total = torch.full((), float(n), dtype=usage.dtype, device=usage.device)
+    if temperature is None:
+        # not `bincount`, which waits for an accelerator to learn how many bins there are
+        usage.index_add_(0, indices, torch.ones_like(usage[:1]).expand(n))
+    if all_ranks:
+        dist.all_reduce(usage)
+        dist.all_reduce(total)
+    if temperature is None:
+        return usage, total, usage.new_zeros(())
+    mean = usage / total
+    return usage, total, row_entropy / n + torch.xlogy(mean, mean).sum()
+
+
+def _log_mean(usage: Tensor, total: Tensor) -> Tensor:
+    return (usage / total).clamp_(min=torch.finfo(usage.dtype).tiny).log_()
+
+
+def _add_to_chosen(codebook_grad: Tensor | None, indices: Tensor, *grads: Tensor | None) -> None:
+    """Add what came to the selected codes themselves, in place."""
+    to_chosen = sum(grad for grad in grads if grad is not None)
+    if codebook_grad is not None and isinstance(to_chosen, Tensor):
+        codebook_grad.index_add_(0, indices, to_chosen)
 
 
 def _of_device(budgets: Mapping[str, int], device: torch.device) -> int:
@@ -220,108 +302,3 @@ def _full_float32(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = allowed
-
-
-def _chunks(n: int, rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
-
-
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Column ranges whose entries fit the cache on CPU; the whole width elsewhere, where a kernel launch costs more."""
-    width = matrix.shape[1] if matrix.device.type != "cpu" else max(256, CACHE_ELEMENTS // matrix.shape[0])
-    return _chunks(matrix.shape[1], width)
-
-
-def _exp(exponents: Tensor) -> Tensor:
-    """exp of exponents <= 0, in place.
-
-    By way of exp2 on CPU: where the result underflows, which most terms of a peaked softmax do, torch's exp takes up to 16
-    times as long (docs/LOG.md).
-    """
-    return exponents.mul_(_LOG2_E).exp2_() if exponents.device.type == "cpu" else exponents.exp_()
-
-
-def _above_underflow(logits: Tensor, maxima: Tensor, temperature: float) -> tuple[Tensor, Tensor] | None:
-    """(row, column) of each term of softmax(logits / T) that is not exactly zero, or None where they are too many."""
-    if logits.device.type != "cpu":
-        return None
-    mask = logits > maxima - _UNDERFLOW[logits.dtype] * temperature
-    if int(mask.sum()) > SPARSE_SHARE * mask.numel():
-        return None
-    row, column = mask.nonzero(as_tuple=True)
-    return row, column
-
-
-def _entropy_of_rows(logits: Tensor, maxima: Tensor, temperature: float, usage: Tensor, log_norms: Tensor) -> Tensor:
-    """Sum over the rows of H(softmax(logits / T)), float[].
-
-    Adds the rows' probabilities to `usage` [K] and writes log(sum exp((logits - max) / T)) to `log_norms` [R, 1].
-    """
-    support = _above_underflow(logits, maxima, temperature)
-    if support is not None:
-        row, column = support
-        scaled = (logits[row, column] - maxima[row, 0]) / temperature
-        weights = scaled.exp()
-        norms = torch.zeros_like(maxima[:, 0]).index_add_(0, row, weights)
-        torch.log(norms[:, None], out=log_norms)
-        weights /= norms[row]
-        usage.index_add_(0, column, weights)
-        return norms.log().sum() - torch.dot(weights, scaled)
-    norms, dots = torch.zeros_like(maxima), torch.zeros_like(maxima)
-    for block in _blocks(logits):
-        scaled = (logits[:, block] - maxima) / temperature
-        weights = _exp(scaled.clone())
-        norms += weights.sum(dim=1, keepdim=True)
-        dots += torch.linalg.vecdot(weights, scaled).unsqueeze(1)
-    torch.log(norms, out=log_norms)
-    for block in _blocks(logits):
-        weights = _exp(((logits[:, block] - maxima) / temperature).sub_(log_norms))
-        usage[block] += weights.sum(dim=0)
-    return (log_norms - dots / norms).sum()
-
-
-@dataclass(frozen=True)
-class _EntropyTerm:
-    """What a chunk needs for dL_entropy/dlogits: T, log sum exp((l - max) / T) [R, 1], log mean_n p_T [K], factor []."""
-
-    temperature: float
-    log_norms: Tensor
-    log_mean: Tensor
-    scale: Tensor
-
-    def parts(self, logits: Tensor, maxima: Tensor, log_mean: Tensor) -> tuple[Tensor, Tensor]:
-        """(p_T, c) of the given logits; c up to a constant of the row, which taking off the row's mean removes."""
-        log_weights = ((logits - maxima) / self.temperature).sub_(self.log_norms)
-        return _exp(log_weights.clone()), log_mean - log_weights
-
-
-def _to_logit_gradient(logits: Tensor, maxima: Tensor, values: Tensor, entropy: _EntropyTerm | None = None) -> None:
-    """Turn values = g @ E.T into the loss's gradient to the logits, in place; both are [R, K].
-
-    values <- p * (values - sum_k p_k values_k) + p_T * (c - sum_k p_T,k c_k) * scale / T, with p = softmax(logits).
-    """
-    norm, dot, mean_c = torch.zeros_like(maxima), torch.zeros_like(maxima), torch.zeros_like(maxima)
-    support = None if entropy is None else _above_underflow(logits, maxima, entropy.temperature)
-    for block in _blocks(logits):
-        weights = _exp(logits[:, block] - maxima)
-        norm += weights.sum(dim=1, keepdim=True)
-        dot += torch.linalg.vecdot(weights, values[:, block]).unsqueeze(1)
-        if entropy is not None and support is None:
-            mean_c += torch.linalg.vecdot(*entropy.parts(logits[:, block], maxima, entropy.log_mean[block])).unsqueeze(
-                1
-            )
-    dot /= norm
-    log_norm = maxima + norm.log()
-    for block in _blocks(logits):
-        weights = _exp(logits[:, block] - log_norm)
-        values[:, block].sub_(dot).mul_(weights)
-        if entropy is not None and support is None:
-            p, c = entropy.parts(logits[:, block], maxima, entropy.log_mean[block])
-            values[:, block] += c.sub_(mean_c).mul_(p).mul_(entropy.scale / entropy.temperature)
-    if entropy is not None and support is not None:
-        row, column = support
-        log_weights = (logits[row, column] - maxima[row, 0]) / entropy.temperature - entropy.log_norms[row, 0]
-        p, c = log_weights.exp(), entropy.log_mean[column] - log_weights
-        mean_c = torch.zeros_like(maxima[:, 0]).index_add_(0, row, p * c)
-        gradient = p * (c - mean_c[row]) * (entropy.scale / entropy.temperature)
-        values.view(-1).index_add_(0, row * logits.shape[1] + column, gradient)

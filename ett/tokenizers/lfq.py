@@ -58,7 +58,11 @@ class LookupFreeQuantizer(ImplicitQuantizer):
             if entropy:
                 corners = self.codebook.to(z.dtype)
                 found = index_backprop(
-                    2 * z.reshape(-1, self.codebook_dim), corners, self.entropy_temperature, all_ranks=self._all_ranks
+                    2 * z.reshape(-1, self.codebook_dim),
+                    corners,
+                    self.entropy_temperature,
+                    all_ranks=self._all_ranks,
+                    through_softmax=False,
                 )
                 entropy_loss, usage = found.entropy, found.usage
             else:

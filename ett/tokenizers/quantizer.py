@@ -181,7 +181,13 @@ class IndexBackpropagationQuantizer(Quantizer):
             z = self._rows(features)
             # the query already carries 1 / temperature: the entropy softmax is of l / T, whatever the index softmax's is
             entropy_temperature = self.entropy_temperature / self.temperature if entropy else None
-            found = index_backprop(self._query(z), self._keys(), entropy_temperature, all_ranks=spans_ranks(self))
+            found = index_backprop(
+                self._query(z),
+                self._keys(),
+                entropy_temperature,
+                all_ranks=spans_ranks(self),
+                through_softmax=self.gradient == "index_backprop",
+            )
             codes = slice(0, self.codebook_dim)
             values = slice(-self.codebook_dim, None) if self.unit_embeddings else codes
             hard = found.hard[:, codes]

@@ -202,7 +202,7 @@ def test_the_files_need_no_more_than_the_libraries(kind: str) -> None:
         modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         assert {module.split(".")[0] for module in modules} <= LIBRARIES | sys.stdlib_module_names
-        assert len(text.splitlines()) < 2000
+        assert len(text.splitlines()) < 2100
         for word in ("caption_loss(", ".backward()", "index_backprop("):
             assert word not in text
         command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9", "-"]

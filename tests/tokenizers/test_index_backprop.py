@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ett.tokenizers import IndexBackpropagationQuantizer
+from ett.tokenizers import IndexBackpropagationQuantizer, index_tiles
 from ett.tokenizers import index_backprop as module
 from ett.tokenizers.index_backprop import index_backprop, nearest_logit
 
@@ -37,6 +37,7 @@ def dense(query: Tensor, codebook: Tensor, temperature: float | None) -> tuple[T
 
 CASES = [
     # rows, codes, dim, code scale, chunk rows, entropy temperature
+    (0, 7, 3, 1.0, 1, None),
     (1, 2, 1, 1.0, 1, 0.01),
     (37, 101, 8, 1.0, 5, 0.01),
     (64, 300, 16, 0.1, 7, 0.01),
@@ -48,8 +49,27 @@ CASES = [
 ]
 
 
+def by_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, codes: int) -> None:
+    """Take tiles of this size."""
+    monkeypatch.setattr(index_tiles, "TILE_ROWS", rows)
+    monkeypatch.setattr(index_tiles, "TILE_CODES", codes)
+
+
+@pytest.mark.parametrize("tile_codes", [0, 7, 64, 1024])
 @pytest.mark.parametrize(("n", "k", "d", "scale", "rows", "temperature"), CASES)
-def test_equals_the_dense_form(n: int, k: int, d: int, scale: float, rows: int, temperature: float | None) -> None:
+def test_equals_the_dense_form(
+    n: int,
+    k: int,
+    d: int,
+    scale: float,
+    rows: int,
+    temperature: float | None,
+    tile_codes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By rows (no `tile_codes`) and by tiles."""
+    if tile_codes:
+        by_tiles(monkeypatch, rows, tile_codes)
     query = torch.randn(n, d, dtype=torch.float64, requires_grad=True)
     codebook = (scale * torch.randn(k, d, dtype=torch.float64)).requires_grad_()
     soft_weight, hard_weight = torch.randn(n, d).double(), torch.randn(n, d).double()
@@ -59,7 +79,7 @@ def test_equals_the_dense_form(n: int, k: int, d: int, scale: float, rows: int, 
 
     soft, hard, indices, entropy = dense(query, codebook, temperature)
     expected = torch.autograd.grad(total(soft, hard, entropy), (query, codebook))
-    found = index_backprop(query, codebook, temperature, chunk_rows=rows)
+    found = index_backprop(query, codebook, temperature, chunk_rows=None if tile_codes else rows)
     gradients = torch.autograd.grad(total(found.soft, found.hard, found.entropy), (query, codebook))
 
     assert torch.equal(found.indices, indices)
@@ -77,13 +97,20 @@ def test_sparse_and_dense_entropy_agree(share: float, monkeypatch: pytest.Monkey
     query.requires_grad_()
     *_, expected = dense(query, codebook, 0.05)
     (gradient,) = torch.autograd.grad(expected, query)
-    monkeypatch.setattr(module, "SPARSE_SHARE", share)
-    found = index_backprop(query, codebook, 0.05, chunk_rows=9)
+    monkeypatch.setattr(index_tiles, "SPARSE_SHARE", share)
+    monkeypatch.setattr(index_tiles, "SPARSE_TERMS", 0)
+    monkeypatch.setattr(index_tiles, "GATHERED", 11)
+    by_tiles(monkeypatch, 9, 50)
+    assert (index_tiles.search(query.detach(), codebook, temperature=0.05).support is None) == (share == 0)
+    found = index_backprop(query, codebook, 0.05)
     torch.testing.assert_close(found.entropy, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(found.entropy, query)[0], gradient, rtol=1e-9, atol=1e-11)
 
 
-def test_ties_take_the_first_code() -> None:
+@pytest.mark.parametrize("tile_codes", [0, 1, 2])
+def test_ties_take_the_first_code(tile_codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if tile_codes:
+        by_tiles(monkeypatch, 2, tile_codes)
     codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     query = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
     assert index_backprop(query, codebook).indices.tolist() == [0, 0]
@@ -91,11 +118,13 @@ def test_ties_take_the_first_code() -> None:
 
 
 @pytest.mark.parametrize("used", ["soft", "hard", "entropy", "soft entropy", "hard entropy", "soft hard entropy"])
-@pytest.mark.parametrize("keep", [0, 1 << 22])
+@pytest.mark.parametrize("schedule", ["kept", "rows", "tiles", "tiles of many terms", "tiles, not foreseen"])
 @pytest.mark.parametrize("learns", [False, True])
-def test_gradients_of_what_is_used(used: str, keep: int, learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any of the three outputs alone and together, logits kept for the way back or not, the codebook learning or not."""
-    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", keep)
+def test_gradients_of_what_is_used(used: str, schedule: str, learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any of the three outputs alone and together, by every schedule, the codebook learning or not."""
+    if schedule.startswith("tiles"):
+        by_tiles(monkeypatch, 10, 30)
+        monkeypatch.setattr(index_tiles, "SPARSE_TERMS", 0 if "many" in schedule else 101)
     query = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
     codebook = torch.randn(101, 8, dtype=torch.float64, requires_grad=learns)
     weights = {"soft": torch.randn(37, 8).double(), "hard": torch.randn(37, 8).double(), "entropy": torch.tensor(0.7)}
@@ -107,22 +136,95 @@ def test_gradients_of_what_is_used(used: str, keep: int, learns: bool, monkeypat
     asked = (query, codebook) if learns else (query,)
     plain = total({"soft": soft, "hard": hard, "entropy": entropy})
     expected = torch.autograd.grad(plain, asked, allow_unused=True) if plain.requires_grad else [None]
-    found = index_backprop(query, codebook, 0.3)
+    found = index_backprop(
+        query,
+        codebook,
+        0.3,
+        through_softmax="not foreseen" not in schedule,
+        chunk_rows={"rows": 9, "kept": 37}.get(schedule),
+    )
     gradients = torch.autograd.grad(total({"soft": found.soft, "hard": found.hard, "entropy": found.entropy}), asked)
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("used", "keep", "products"), [("hard", 0, 0), ("soft", 0, 4), ("soft", 1 << 22, 3)])
-def test_products_of_the_way_back(used: str, keep: int, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the module's docstring says of its work: 4 products, 3 where logits are kept, none without the softmax."""
-    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", keep)
+@pytest.mark.parametrize(
+    ("schedule", "used", "there", "back"),
+    [
+        ("kept", "hard", 1, 0),
+        ("kept", "soft", 1, 3),
+        ("kept", "entropy", 1, 2),
+        ("rows", "hard", 2, 0),
+        ("rows", "soft", 2, 8),
+        ("tiles", "hard", 2, 0),
+        ("tiles", "entropy", 2, 0),
+        ("tiles", "soft", 4, 8),
+        ("tiles", "soft entropy", 4, 8),
+    ],
+)
+def test_products(schedule: str, used: str, there: int, back: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the modules' docstrings say of their work; rows and tiles come twice here."""
+    if schedule == "tiles":
+        by_tiles(monkeypatch, 16, 16)
+    else:
+        monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", 1 << 22 if schedule == "kept" else 0)
     query, codebook = torch.randn(16, 4, requires_grad=True), torch.randn(32, 4, requires_grad=True)
-    found = index_backprop(query, codebook)
     with torch.profiler.profile() as profile:
-        getattr(found, used).sum().backward()
+        found = index_backprop(
+            query,
+            codebook,
+            0.01 if "entropy" in used else None,
+            through_softmax="soft" in used,
+            chunk_rows={"rows": 8, "kept": 16}.get(schedule),
+        )
+    assert _products(profile) == there
+    with torch.profiler.profile() as profile:
+        torch.stack([getattr(found, name).sum() for name in used.split()]).sum().backward()
+    assert _products(profile) == back
+
+
+def _products(profile: Any) -> int:
     names = [event.name for event in profile.events()]
-    assert sum(names.count(name) for name in ("aten::mm", "aten::addmm_")) == products
+    return sum(names.count(name) for name in ("aten::mm", "aten::addmm_"))
+
+
+def test_nothing_of_tiles_grows_with_n_or_k_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What forward keeps and what both ways hold beside gradients: O(N * D) and tiles."""
+    n, k, d = 512, 4096, 4
+    by_tiles(monkeypatch, 32, 64)
+    query, codebook = torch.randn(n, d, requires_grad=True), torch.randn(k, d, requires_grad=True)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        found = index_backprop(query, codebook, 0.01)
+    assert max(saved) == k * d
+    with torch.profiler.profile(profile_memory=True) as profile:
+        (found.soft.sum() + found.entropy).backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.key_averages() if event.count == 1)
+    assert largest <= 4 * k * d
+
+
+def test_a_search_that_learns_nothing_attends_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a gradient to come one product is enough, in and out of `no_grad`."""
+    by_tiles(monkeypatch, 16, 32)
+    query, codebook = torch.randn(16, 4), torch.randn(32, 4, requires_grad=True)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        index_backprop(query, codebook, 0.01)
+    assert _products(profile) == 1
+    with torch.profiler.profile() as profile:
+        index_backprop(query, codebook.detach(), 0.01)
+    assert _products(profile) == 1
+
+
+def test_not_a_number_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that is not finite has gradients that are not, and takes no part in its neighbours'."""
+    by_tiles(monkeypatch, 4, 8)
+    query, codebook = torch.randn(4, 4), torch.randn(32, 4, requires_grad=True)
+    query[1] = torch.nan
+    query.requires_grad_()
+    index_backprop(query, codebook).soft.sum().backward()
+    assert query.grad is not None
+    assert query.grad[1].isnan().all()
+    assert query.grad[[0, 2, 3]].isfinite().all()
 
 
 def test_float32_is_full_on_an_accelerator() -> None:
@@ -149,7 +251,7 @@ def test_no_matrix_of_n_by_k(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
     query, codebook = torch.randn(n, 4, requires_grad=True), torch.randn(k, 4, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
-        found = index_backprop(query, codebook, 0.01)
+        found = index_backprop(query, codebook, 0.01, chunk_rows=16)
     assert max(saved) <= max(k, n) * 4
     sizes: list[int] = []
     plain = Tensor.new_empty

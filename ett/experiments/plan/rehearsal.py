@@ -100,15 +100,13 @@ def rehearse(
 
 @contextmanager
 def _pretended(device: str) -> Iterator[None]:
-    """Modules stay where they are, and the quantizer works in the chunks that it takes on `device`."""
+    """Modules stay where they are, and the quantizer works as it does on `device`."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.Module, "to", lambda module, *_arguments, **_named: module))
         if device != "cpu":
             for budgets in (index_backprop.CHUNK_ELEMENTS, index_backprop.KEPT_ELEMENTS):
                 stack.enter_context(patch.dict(budgets, cpu=budgets[device]))
-            # whole rows at a time, and no sparse road
-            stack.enter_context(patch.object(index_backprop, "CACHE_ELEMENTS", 1 << 62))
-            stack.enter_context(patch.object(index_backprop, "SPARSE_SHARE", -1.0))
+            stack.enter_context(patch.object(index_backprop, "TILED_DEVICES", ()))
         yield
 
 
