@@ -13,7 +13,7 @@ import pytest
 from ett.data.drawing import is_drawing
 from ett.data.drawn_scenes import COLOURS, COUNTS, POSITIONS, SHAPES, SPLITS, TAGS, DrawnScenes, Thing, coverage, paint
 from ett.data.mixture import SourceConfig
-from ett.errors import DataError
+from ett.errors import DataError, RecipeError
 from ett.evaluate.sources import builtin_sources, named_sources
 
 WORDING = {
@@ -118,6 +118,45 @@ def test_a_source_of_recipes_and_evaluations() -> None:
     assert (name, held_out[0].metadata["split"], rest) == ("drawn_scenes.heldout", "heldout", [])
     assert [name for name, _ in builtin_sources("validation", [config])] == ["drawn_scenes"]
     assert [name for name, _ in named_sources(["drawn_scenes"])] == ["drawn_scenes"]
+
+
+def test_short_questions_are_about_what_is_shown() -> None:
+    """Every question, answered from the things as they were drawn."""
+    source, seen = DrawnScenes(short_answers=True, length=400), dict.fromkeys(TAGS, 0)
+    for example in source:
+        question = example.messages[0]["content"][1]["text"]
+        answer = example.messages[1]["content"][0]["text"]
+        things = {shape: (colour, x, y) for shape, colour, x, y, _ in example.metadata["things"]}
+        tag = example.metadata["question_kind"]
+        seen[tag] += 1
+        asked = next((shape for shape in SHAPES if re.search(rf"\b{shape}(e?s)?\b", question)), None)
+        if tag == "single_object":
+            assert [answer] == list(things)
+        elif tag == "counting":
+            assert COUNTS[len(example.metadata["things"])] == answer
+            assert asked in things
+        elif tag == "two_object":
+            assert things.keys() == {asked, answer}
+        elif tag == "position":
+            where, other = answer.split(" the ")
+            across, down = POSITIONS[where]
+            assert asked is not None
+            (_, x, y), (_, u, v) = things[asked], things[other]
+            assert (x - u) * across + (y - v) * down > 0.3
+        else:
+            assert asked is not None
+            assert things[asked][0] == answer
+    assert min(seen.values()) > 30
+    plain = DrawnScenes(length=400)
+    assert plain[7].metadata["things"] == source[7].metadata["things"]
+
+
+def test_short_answers_are_of_scenes_that_are_read() -> None:
+    asked = SourceConfig(source="drawn_scenes", size=32, short_answers=True).build()[3]
+    assert asked.messages[1]["content"][0]["text"] != asked.metadata["prompt"]
+    for given in ({"source": "names"}, {"source": "drawn_scenes", "draws": True}):
+        with pytest.raises(RecipeError, match="short_answers is for drawn_scenes that are read"):
+            SourceConfig(**given, short_answers=True)
 
 
 @pytest.mark.parametrize(

@@ -383,7 +383,7 @@ def test_shipped_recipes_take_two_steps(name: str, arm: str | None, tmp_path: Pa
         model["language_model"] = {"config": LANGUAGE_MODELS["qwen2"]}
     if str(model["vision_tokenizer"].get("path")).startswith(("runs/", "arm:")):
         model["vision_tokenizer"] = {"path": "reader_64px"}
-    if str(model["init"]).startswith("arm:"):
+    if str(model["init"]).startswith(("runs/", "arm:")):
         model["init"] = "reader_64px"
     for stage in given["stages"]:
         stage |= {"steps": 2, "batch_size": 2, "quantize_after": min(1, stage["quantize_after"])}

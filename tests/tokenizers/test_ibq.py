@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ett.errors import ModelError, RecipeError
 from ett.tokenizers import IBQConfig, IBQTokenizer, IndexBackpropagationQuantizer, VisionTokenizer
@@ -162,7 +163,30 @@ def test_another_score_over_the_same_weights() -> None:
     with pytest.raises(RecipeError, match=r"similarity.*measured on pictures"):
         dot.reconfigured({"similarity": "distance"})
     with pytest.raises(RecipeError, match="weights have another shape"):
-        saved.reconfigured({"codebook_size": 32})
+        saved.reconfigured({"codebook_size": TOKENIZER["codebook_size"] + 1})
+
+
+@pytest.mark.parametrize("similarity", ["dot", "distance"])
+def test_fewer_codes_are_centres_of_the_saved_ones(similarity: str) -> None:
+    """Codes in eight clumps, of which the encoder knows nothing: eight codes find each of them; all else is shared."""
+    saved = VisionTokenizer.from_config({**TOKENIZER, "similarity": similarity})
+    size, dim = TOKENIZER["codebook_size"], TOKENIZER["codebook_dim"]
+    centres = (
+        4 * F.one_hot(torch.arange(8) % dim, dim).float() * torch.tensor([1.0, -1.0]).repeat_interleave(4)[:, None]
+    )
+    codes = centres.repeat_interleave(size // 8, dim=0) + 0.01 * torch.randn(size // 8 * 8, dim)
+    saved.quantize.embedding.weight.data.copy_(codes)
+    random_state = torch.get_rng_state()
+    fewer = saved.reconfigured({"codebook_size": 8})
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert fewer.codebook_size == fewer.quantize.codebook_size == 8
+    assert torch.cdist(centres, fewer.quantize.codebook).amin(dim=1).max() < 0.1
+    if similarity == "distance":
+        distance = torch.cdist(codes, fewer.quantize.codebook).amin(dim=1).pow(2).mean()
+        torch.testing.assert_close(fewer.quantize.distance_unit, distance, rtol=1e-3, atol=1e-7)
+    assert fewer.encoder_output is saved.encoder_output
+    assert torch.equal(saved.reconfigured({"codebook_size": 8}).quantize.codebook, fewer.quantize.codebook)
+    assert saved.codebook_size == size
 
 
 def test_codes_that_were_normalised_go_on_at_their_length() -> None:
