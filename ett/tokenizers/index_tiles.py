@@ -228,7 +228,7 @@ class _Candidates:
         nothing = torch.zeros(0, dtype=torch.int64, device=maxima.device)
         found = [(nothing, nothing, maxima[:0, 0]), *self.found]
         row, code, value = (torch.cat(each) for each in zip(*found, strict=True))
-        near = value > maxima[row, 0] - self.reach
+        near = (value > maxima[row, 0] - self.reach).nonzero()[:, 0]
         row, code, value = row[near], code[near], value[near]
         scaled = (value - maxima[row, 0]) / self.temperature
         norms = torch.zeros_like(maxima[:, 0]).index_add_(0, row, scaled.exp())
