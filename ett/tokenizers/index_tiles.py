@@ -162,7 +162,7 @@ def gradients(
     dense = entropy if entropy is not None and entropy.support is None else None
     means = None if dense is None else _means_of_tiles(query, codebook, dense)
     if softmax is not None or dense is not None:
-        values_buffer = _buffer(query)
+        values_buffer = _buffer(query, codebook)
         dots = None if softmax is None else torch.linalg.vecdot(softmax[0], softmax[2]).unsqueeze(1)
         for rows, codes, logits in _tiles_of_logits(query, codebook):
             block = codebook[codes]
@@ -271,7 +271,7 @@ def _means_of_tiles(query: Tensor, codebook: Tensor, term: EntropyOfTiles) -> Te
 
 def _tiles_of_logits(query: Tensor, codebook: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, codes, their logits), each tile in the same memory as the one before."""
-    buffer = _buffer(query)
+    buffer = _buffer(query, codebook)
     for codes in chunks(len(codebook), TILE_CODES):
         for rows in chunks(len(query), TILE_ROWS):
             yield rows, codes, torch.mm(query[rows], codebook[codes].T, out=_tile(buffer, rows, codes))
@@ -294,8 +294,9 @@ def _raise_maxima(tile: Tensor, maxima: Tensor, indices: Tensor, first_code: int
     return largest, higher
 
 
-def _buffer(query: Tensor) -> Tensor:
-    return query.new_empty(min(TILE_ROWS, len(query)) * TILE_CODES)
+def _buffer(query: Tensor, codebook: Tensor) -> Tensor:
+    """Room for the largest tile."""
+    return query.new_empty(min(TILE_ROWS, len(query)) * min(TILE_CODES, len(codebook)))
 
 
 def _tile(buffer: Tensor, rows: slice, codes: slice) -> Tensor:

@@ -21,7 +21,7 @@ from ett.train.stages import StageConfig, part_of, set_trainable
 
 DIVIDED: tuple[Part, ...] = ("weights", "gradients", "optimizer", "average")
 """What FSDP divides among devices."""
-PROCESS_BYTES, ARTWORK_BYTES = 54 * 2**20, 46 * 2**20
+PROCESS_BYTES, ARTWORK_BYTES = 52 * 2**20, 46 * 2**20
 """Resident in a process on a CPU beside its tensors, as measured: pages of libraries and fonts that training is the first to
 touch, and the built-in artwork where it is read."""
 LIBRARY_BYTES = 344 * 2**20
