@@ -30,6 +30,14 @@ MAIN_MEASURES: dict[str, tuple[str, str]] = {
         "character error rate on drawn text",
         "letters to change until the model's answer is the right one, for each letter of it",
     ),
+    "drawn_text.exact_match": (
+        "texts read exactly",
+        "share of drawn texts in which every letter of the model's answer is right",
+    ),
+    "drawn_scenes.exact_match": (
+        "scenes answered right",
+        "share of questions about drawn scenes, or descriptions of them, that the model answers exactly",
+    ),
     "names.naming_rank": (
         "rank of the right name",
         "place of the picture's name among other names, ordered by likelihood; 1 is best",
