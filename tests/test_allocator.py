@@ -8,8 +8,10 @@ import pytest
 from ett.allocator import keep_freed_memory
 
 PROGRAM = """
-import resource, sys
+import ctypes, resource, sys
 import torch
+# pages of one size, whatever the machine does with large blocks (PR_SET_THP_DISABLE)
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
 from ett.allocator import keep_freed_memory
 told = sys.argv[1] == "keep" and keep_freed_memory()
 
@@ -41,10 +43,10 @@ def page_faults(argument: str, **environment: str) -> tuple[bool, int]:
 @glibc
 def test_freed_memory_is_used_again() -> None:
     told, kept = page_faults("keep")
-    _, plain = page_faults("plain")
     assert told
-    # 8 turns of 16 blocks of 8 MiB are 262,144 pages of 4 KiB
-    assert 8 * kept < plain
+    # 8 turns of 16 blocks of 8 MiB are 262,144 pages of 4 KiB. Left alone, malloc asks for nearly all of them anew in most runs,
+    # and in some for few, as blocks happen to fall: nothing to compare with
+    assert 20 * kept < 262_144
 
 
 @glibc

@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from ett.tokenizers.index_rows import EntropyOfRows, entropy_of_rows, to_logit_gradient
 from ett.tokenizers.index_tiles import (
     EntropyOfTiles,
+    SoftmaxOfTiles,
     Support,
     best_of_tiles,
     chunks,
@@ -165,7 +166,7 @@ class _ByTiles(torch.autograd.Function):
             if attention is None:
                 found = search(query, codebook, attend=True)
                 log_norms, attention = found.log_norms, found.attention
-            softmax = soft_grad, log_norms, attention
+            softmax = SoftmaxOfTiles(soft_grad, indices, log_norms, attention)
         if entropy_grad is not None and ctx.temperature is not None:
             term = EntropyOfTiles(
                 ctx.temperature,

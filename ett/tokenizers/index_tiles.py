@@ -133,6 +133,17 @@ def entropy_of_tiles(
 
 
 @dataclass(frozen=True)
+class SoftmaxOfTiles:
+    """What the softmax's own gradient needs: the gradient to its mean of codes [N, D], and of `Found` indices [N], log_norms
+    [N, 1] and attention [N, D]."""
+
+    gradient: Tensor
+    indices: Tensor
+    log_norms: Tensor
+    attention: Tensor
+
+
+@dataclass(frozen=True)
 class EntropyOfTiles:
     """What dL_entropy/dlogits needs: T, log mean_n p_T [K], factor [], and either the support or log sum exp(l / T) [N, 1]."""
 
@@ -146,7 +157,7 @@ class EntropyOfTiles:
 def gradients(
     query: Tensor,
     codebook: Tensor,
-    softmax: tuple[Tensor, Tensor, Tensor] | None,
+    softmax: SoftmaxOfTiles | None,
     entropy: EntropyOfTiles | None,
     *,
     codebook_learns: bool,
@@ -154,8 +165,11 @@ def gradients(
     """The loss's gradients, by way of the logits, to query [N, D] and codebook [K, D] (None unless it learns).
 
     Args:
-        softmax: (gradient to the mean of codes [N, D], log sum exp(l) [N, 1], mean of codes [N, D]); None where none came.
+        softmax: the term of the mean of codes; None where none came.
         entropy: the entropy term; None where none came.
+
+    Of the chosen code, which may have nearly all of the mass, ``g.e_k - g.a`` is taken as ``g.(e_k - a)``: where a row's softmax
+    is saturated, two roundings of one product would otherwise leave a difference, and its gradient is exactly 0.
     """
     query_grad = torch.zeros_like(query)
     codebook_grad = torch.zeros_like(codebook) if codebook_learns else None
@@ -163,7 +177,10 @@ def gradients(
     means = None if dense is None else _means_of_tiles(query, codebook, dense)
     if softmax is not None or dense is not None:
         values_buffer = _buffer(query, codebook)
-        dots = None if softmax is None else torch.linalg.vecdot(softmax[0], softmax[2]).unsqueeze(1)
+        dots, at_chosen = None, None
+        if softmax is not None:
+            dots = torch.linalg.vecdot(softmax.gradient, softmax.attention).unsqueeze(1)
+            at_chosen = torch.linalg.vecdot(softmax.gradient, codebook[softmax.indices] - softmax.attention)
         for rows, codes, logits in _tiles_of_logits(query, codebook):
             block = codebook[codes]
             values = _tile(values_buffer, rows, codes)
@@ -177,9 +194,13 @@ def gradients(
                 values.copy_(addition)
             else:
                 assert dots is not None
-                gradient, log_norms, _ = softmax
-                torch.mm(gradient[rows], block.T, out=values)
-                values.sub_(dots[rows]).mul_(_exp(logits.sub_(log_norms[rows])))
+                assert at_chosen is not None
+                torch.mm(softmax.gradient[rows], block.T, out=values)
+                values.sub_(dots[rows])
+                place = softmax.indices[rows] - codes.start
+                here = ((place >= 0) & (place < len(block))).nonzero()[:, 0]
+                values[here, place[here]] = at_chosen[rows][here]
+                values.mul_(_exp(logits.sub_(softmax.log_norms[rows])))
                 if addition is not None:
                     values += addition
             query_grad[rows].addmm_(values, block)

@@ -500,7 +500,7 @@ def test_settings_of_a_saved_tokenizer_change_as_far_as_its_weights_allow(
     before, after = load_model(toy_run)[0].vision_tokenizer, load_model(tmp_path / "warm")[0].vision_tokenizer
     assert (after.config.temperature, after.config.gradient) == (3.0, "straight_through")
     torch.testing.assert_close(after.quantize.codebook, before.quantize.codebook, rtol=0, atol=1e-6)
-    for settings in ({"codebook_size": 7}, {"tokenizer_type": "lfq"}):
+    for settings in ({"codebook_size": 7_000}, {"tokenizer_type": "lfq"}):
         given["model"] = {"init": str(toy_run), "vision_tokenizer": settings}
         with pytest.raises(RecipeError, match=r"model\.vision_tokenizer"):
             Run(recipe_from(given), tmp_path / "x").train()

@@ -215,6 +215,21 @@ def test_a_search_that_learns_nothing_attends_to_nothing(monkeypatch: pytest.Mon
     assert _products(profile) == 1
 
 
+@pytest.mark.parametrize("tile_codes", [5, 64])
+def test_a_saturated_row_has_no_gradient_at_all(tile_codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All mass on one code, in float32: exactly 0 to the query, and to the codebook what comes to the chosen code alone."""
+    by_tiles(monkeypatch, 8, tile_codes)
+    query = torch.randn(20, 16, requires_grad=True)
+    codebook = (1e5 * torch.randn(64, 16)).requires_grad_()
+    found = index_backprop(query, codebook)
+    weights = torch.randn(20, 16)
+    (found.soft * weights).sum().backward()
+    assert query.grad is not None
+    assert not query.grad.any()
+    expected = torch.zeros_like(codebook).index_add_(0, found.indices, weights)
+    torch.testing.assert_close(codebook.grad, expected, rtol=0, atol=0)
+
+
 def test_not_a_number_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that is not finite has gradients that are not, and takes no part in its neighbours'."""
     by_tiles(monkeypatch, 4, 8)
