@@ -44,8 +44,8 @@ def page_faults(argument: str, **environment: str) -> tuple[bool, int]:
 def test_freed_memory_is_used_again() -> None:
     told, kept = page_faults("keep")
     assert told
-    # 8 turns of 16 blocks of 8 MiB are 262,144 pages of 4 KiB. Left alone, malloc asks for nearly all of them anew in most runs,
-    # and in some for few, as blocks happen to fall: nothing to compare with
+    # 8 turns of 16 blocks of 8 MiB are 262,144 pages of 4 KiB. Left alone, malloc asks for nearly all of them anew in most
+    # runs, and in some for few, as blocks happen to fall: nothing to compare with
     assert 20 * kept < 262_144
 
 

@@ -168,8 +168,8 @@ def gradients(
         softmax: the term of the mean of codes; None where none came.
         entropy: the entropy term; None where none came.
 
-    Of the chosen code, which may have nearly all of the mass, ``g.e_k - g.a`` is taken as ``g.(e_k - a)``: where a row's softmax
-    is saturated, two roundings of one product would otherwise leave a difference, and its gradient is exactly 0.
+    Of the chosen code, which may have nearly all of the mass, ``g.e_k - g.a`` is taken as ``g.(e_k - a)``: where a softmax is
+    saturated, two roundings of one product would otherwise leave a difference, and its gradient is exactly 0.
     """
     query_grad = torch.zeros_like(query)
     codebook_grad = torch.zeros_like(codebook) if codebook_learns else None
