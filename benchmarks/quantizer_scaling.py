@@ -97,7 +97,8 @@ def panel(title: str, label: str, unit: str, lines: dict[str, list[tuple[float, 
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(f'<polyline style="{STROKES[side]}" points="{path}"/>')
         parts += [f'<circle style="{STROKES[side]}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in placed]
-        parts.append(f'<text x="{placed[-1][0]:.1f}" y="{placed[-1][1] - 7:.1f}" text-anchor="end">{side}</text>')
+        below = 17 if side == "ours" else -7
+        parts.append(f'<text x="{placed[-1][0]:.1f}" y="{placed[-1][1] + below:.1f}" text-anchor="end">{side}</text>')
     return parts
 
 
