@@ -258,6 +258,10 @@ def _judge(arguments: argparse.Namespace) -> int:
     if found.names is not None:
         gallery, names = found.names.gallery, found.names.names
         print(f"{gallery} real pictures of split {arguments.split!r} are searched, with {names} names.")
+        if found.names.heldout_gallery:
+            print(
+                f"All {found.names.heldout_gallery} held-out pictures are searched as well (heldout_top1, heldout_top5)."
+            )
         _print_rows(found.names.rows, found.names.chance)
     for each in found.sets:
         print(f"{each.judge}, split {each.split!r}")

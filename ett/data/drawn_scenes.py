@@ -81,6 +81,8 @@ class DrawnScenes(Source):
     """
 
     name = "drawn-scenes"
+    questions = "scene-questions"
+    """The name with short answers."""
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class DrawnScenes(Source):
         if length is not None and length < 1:
             raise DataError(f"Drawn scenes need a length of at least 1, not {length}.")
         self.split, self.size, self.short_answers, self.seed = split, size, short_answers, seed
+        self.name = self.questions if short_answers else DrawnScenes.name
         self._length = length if length is not None else _TRAIN_LENGTH if split == "train" else _HELD_OUT_LENGTH
 
     def __len__(self) -> int:
@@ -108,7 +111,7 @@ class DrawnScenes(Source):
         things = _placed(facts, rng)
         about = question_about(facts, rng) if self.short_answers else (rng.choice(QUESTIONS), facts["prompt"])
         return Example(
-            id=f"{self.name}/{self.split}/{self.seed}/{index}",
+            id=f"{DrawnScenes.name}/{self.split}/{self.seed}/{index}",
             messages=conversation(*about),
             images=(paint(things, self.size),),
             metadata={
@@ -128,7 +131,7 @@ class DrawnScenes(Source):
         if not 0 <= index < self._length:
             raise IndexError(f"example {index} of {self._length}")
         # Strings seed random.Random by SHA-512: the same in every process, whatever PYTHONHASHSEED.
-        rng = random.Random(f"{self.name}/{self.seed}/{self.split}/{index}")
+        rng = random.Random(f"{DrawnScenes.name}/{self.seed}/{self.split}/{index}")
         tag = rng.choice(TAGS)
         while True:
             facts = _facts(tag, rng)

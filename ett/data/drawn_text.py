@@ -52,6 +52,11 @@ READ_QUESTIONS = (
 DOCUMENT_QUESTIONS = ("What is written?", "Read the text.", "Transcribe the text.", "What does the page say?")
 SPELL_QUESTIONS = ("Spell the text.", "Spell what is written, letter by letter.")
 COLOUR_QUESTIONS = ("What colour is the text?", "In which colour is the text written?")
+PLACE_QUESTIONS: Mapping[int, tuple[str, ...]] = {
+    0: ("What is the first character?", "Which character comes first?"),
+    -1: ("What is the last character?", "Which character comes last?"),
+}
+"""Position in the text -> how it is asked for."""
 
 Rgb = tuple[int, int, int]
 TEXT_COLOURS: Mapping[str, Rgb] = {
@@ -171,6 +176,7 @@ class DrawnText(Source):
         kinds: some of `KINDS` and `DOCUMENT`, drawn equally often.
         spelled: answers are spelled, "h e l l o" (colours and documents are not).
         lines: (fewest, most) lines of a document; no more than fit. Their words are the split's.
+        short_answers: ask for the first or the last character, and answer with it alone; of words, numbers and letter strings.
         characters: (fewest, most) characters of letter strings and numbers, and (at least 3, most) of words; None takes the
             difficulty's.
         length: number of examples; by default 1,000,000 for train and 512 for the others.
@@ -181,6 +187,8 @@ class DrawnText(Source):
     """
 
     name = "drawn-text"
+    questions = "text-questions"
+    """The name with short answers."""
 
     def __init__(
         self,
@@ -192,6 +200,7 @@ class DrawnText(Source):
         spelled: bool = False,
         characters: tuple[int, int] | None = None,
         lines: tuple[int, int] = (2, 4),
+        short_answers: bool = False,
         length: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -206,10 +215,13 @@ class DrawnText(Source):
             raise DataError(f"Drawn text needs a size of at least {_SMALLEST_SIZE} pixels, not {size}.")
         if not 0.0 <= difficulty <= 1.0:
             raise DataError(f"The difficulty of drawn text lies in [0, 1]; {difficulty} does not.")
+        if short_answers and (spelled or not set(kinds) <= {"word", "number", "letters"}):
+            raise DataError("short_answers is for words, numbers and letter strings that are not spelled.")
         if length is not None and length < 1:
             raise DataError(f"Drawn text needs a length of at least 1, not {length}.")
         self.split, self.size, self.difficulty, self.seed = split, size, difficulty, seed
-        self.kinds, self.spelled = tuple(kinds), spelled
+        self.kinds, self.spelled, self.short_answers = tuple(kinds), spelled, short_answers
+        self.name = self.questions if short_answers else DrawnText.name
         self._length = length if length is not None else _TRAIN_LENGTH if split == "train" else _HELD_OUT_LENGTH
         self._look = Look.at(difficulty)
         if characters is not None:
@@ -239,7 +251,7 @@ class DrawnText(Source):
         if not 0 <= index < self._length:
             raise IndexError(f"example {index} of {self._length}")
         # Strings seed random.Random by SHA-512: the same in every process, whatever PYTHONHASHSEED.
-        rng = random.Random(f"{self.name}/{self.seed}/{self.split}/{index}")
+        rng = random.Random(f"{DrawnText.name}/{self.seed}/{self.split}/{index}")
         kind = rng.choice(self.kinds)
         text, font, mask = self._fitting_text(kind, rng)
         colour_name, image, background = _paint(mask.image, self.size, self._look, rng)
@@ -248,6 +260,9 @@ class DrawnText(Source):
         elif kind == DOCUMENT:
             text = " ".join(text.split())
             question, answer = rng.choice(DOCUMENT_QUESTIONS), text
+        elif self.short_answers:
+            place = rng.choice(tuple(PLACE_QUESTIONS))
+            question, answer = rng.choice(PLACE_QUESTIONS[place]), text[place]
         elif self.spelled:
             question, answer = rng.choice(SPELL_QUESTIONS), " ".join(text)
         else:

@@ -70,7 +70,8 @@ class SourceConfig:
         asked: share of a built-in source's examples, in [0, 1], that keep their question; of the others the picture alone
             stands before the answer, as before a caption.
         size: side of drawn pictures [pixels].
-        short_answers: of drawn scenes, a question about one shape and a short answer instead of the whole description.
+        short_answers: of drawn scenes, a question about one shape and a short answer instead of the whole description; of drawn
+            text, one about its first or last character.
         seed: of drawn text and scenes.
         draws: the picture is the answer, to what `prompt` says of it: for the stages "gen" and "joint".
         prompt: what is asked for; ``{answer}`` stands for the answer that the source gives, other names in braces for its
@@ -106,8 +107,12 @@ class SourceConfig:
         if (self.path is None) == (self.source in STORED):
             needs = "needs a path" if self.path is None else "is built in and has no path"
             raise RecipeError(f"A {self.source} source {needs}; got path = {self.path!r}.")
-        if self.short_answers and (self.source != "drawn_scenes" or self.draws):
-            raise RecipeError("short_answers is for drawn_scenes that are read, not drawn. Leave it out.")
+        if self.short_answers and (self.source not in ("drawn_scenes", "drawn_text") or self.draws):
+            raise RecipeError(
+                "short_answers is for drawn_scenes and drawn_text that are read, not drawn. Leave it out."
+            )
+        if self.short_answers and self.asked < 1:
+            raise RecipeError(f"short_answers answer a question: leave asked at 1, not {self.asked}.")
         if self.source != "manifest" and self.image_root is not None:
             raise RecipeError("image_root is for manifests; other sources bring their pictures. Leave it out.")
 
@@ -144,6 +149,7 @@ class SourceConfig:
                 spelled=self.spelled,
                 characters=self.characters,
                 lines=self.lines,
+                short_answers=self.short_answers,
                 seed=self.seed,
             )
         elif self.source == "drawn_scenes":

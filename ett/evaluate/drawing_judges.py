@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ett.data.artwork import ArtworkNames
+from ett.data.artwork import HELD_OUT_SPLITS, ArtworkNames
 from ett.data.drawing import prompt_of
 from ett.errors import DataError
 from ett.evaluate.base import Metric, spread
@@ -43,10 +43,12 @@ class Judged:
 
     Attributes:
         split: whose pictures were asked for. gallery: real pictures that are searched. names: different ones among them.
+        heldout_gallery: pictures of all held-out splits together, which are searched too where `split` is one of them; else 0.
         chance: by metric, of a search that knows nothing.
         rows: whose pictures -> metric -> figure: "retrieval_top1", "retrieval_top5" (share of pictures with one of the right
-            name among the nearest), "choice_of_10" (share that is nearer to a picture of its name than to nine of other
-            names), "frechet_distance" and "kernel_distance" from the pictures that were asked for.
+            name among the nearest), "heldout_top1", "heldout_top5" (the same among all held-out pictures), "choice_of_10"
+            (share that is nearer to a picture of its name than to nine of other names), "frechet_distance" and
+            "kernel_distance" from the pictures that were asked for.
         drawn: the drawings, float32[3, H, W] in [-1, 1], and wanted: the positions in the split of what was asked for.
         prompts: what was asked for, in words.
     """
@@ -59,6 +61,7 @@ class Judged:
     drawn: Sequence[Tensor] = ()
     wanted: Sequence[int] = ()
     prompts: Sequence[str] = ()
+    heldout_gallery: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -66,6 +69,7 @@ class Judged:
         return {
             "split": self.split,
             "gallery": self.gallery,
+            "heldout_gallery": self.heldout_gallery,
             "names": self.names,
             "chance": dict(self.chance),
             "rows": rows,
@@ -104,6 +108,9 @@ def judge_drawings(
     names = [str(example.metadata["name"]) for example in real]
     features = pooled_features(network, pixels)
     search = NameSearch(features, names)
+    searches = {"retrieval": search}
+    if split in HELD_OUT_SPLITS:
+        searches["heldout"] = _all_held_out(network, processor, split, features, names)
     asked_names = [names[index] for index in wanted]
     target = features[wanted]
 
@@ -121,15 +128,18 @@ def judge_drawings(
     rows = {}
     for who, (pictures, called) in found.items():
         seen = pooled_features(network, pictures)
-        row = {f"retrieval_top{top}": Metric.mean(search.hits(seen, called, top)) for top in TOPS}
+        row = {
+            f"{where}_top{top}": Metric.mean(s.hits(seen, called, top)) for where, s in searches.items() for top in TOPS
+        }
         row[f"choice_of_{CHOICES}"] = Metric.mean(search.choices(seen, called, CHOICES))
         row["frechet_distance"] = Metric(frechet_distance(_moments(seen), _moments(target)), len(seen))
         row["kernel_distance"] = Metric(kernel_distance(seen, target, paired=who == "reconstructed"), len(seen))
         rows[who] = row
-    chance = {f"retrieval_top{top}": search.chance(asked_names, top) for top in TOPS}
+    chance = {f"{where}_top{top}": s.chance(asked_names, top) for where, s in searches.items() for top in TOPS}
     chance[f"choice_of_{CHOICES}"] = 1 / CHOICES
     texts = [request.words for request in requests]
-    return Judged(split, len(real), len(set(names)), chance, rows, found["drawn"][0], wanted, texts)
+    wide = len(searches["heldout"].names) if "heldout" in searches else 0
+    return Judged(split, len(real), len(set(names)), chance, rows, found["drawn"][0], wanted, texts, wide)
 
 
 class NameSearch:
@@ -182,6 +192,20 @@ class NameSearch:
         top = min(top, size)
         missed = [math.comb(size - self.names.count(name), top) / math.comb(size, top) for name in names]
         return 1 - sum(missed) / len(missed)
+
+
+def _all_held_out(
+    network: Lite0Features, processor: EttProcessor, split: str, features: Tensor, names: Sequence[str]
+) -> NameSearch:
+    """A search through the pictures of every held-out split; those of `split` have these features and names."""
+    all_features, all_names = [features], list(names)
+    for other in HELD_OUT_SPLITS:
+        if other != split:
+            source = ArtworkNames(other)
+            examples = [source[index] for index in range(len(source))]
+            all_features.append(pooled_features(network, [fitted(processor, example) for example in examples]))
+            all_names += [str(example.metadata["name"]) for example in examples]
+    return NameSearch(torch.cat(all_features), all_names)
 
 
 def _other_styles(examples: Sequence[Example]) -> list[Example]:

@@ -107,12 +107,17 @@ def stored_sources(configs: Sequence[SourceConfig]) -> NamedSources:
 def _named(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConfig]]:
     """Each configuration without its limit, under its source's name; where one comes several times, "drawn_text.1",
     "drawn_text.2" and so on, so that their figures are pooled under the name itself (`ett.evaluate.comparison.pooled`)."""
-    kinds = [config.source for config in configs]
+    families = [_family(config) for config in configs]
     named = []
-    for i, config in enumerate(configs):
-        number = f".{kinds[: i + 1].count(config.source)}" if kinds.count(config.source) > 1 else ""
-        named.append((f"{config.source}{number}", replace(config, limit=None, draws=False)))
+    for i, (family, config) in enumerate(zip(families, configs, strict=True)):
+        number = f".{families[: i + 1].count(family)}" if families.count(family) > 1 else ""
+        named.append((f"{family}{number}", replace(config, limit=None, draws=False)))
     return named
+
+
+def _family(config: SourceConfig) -> str:
+    """What a built-in source's figures are pooled under; short answers about drawn text are no texts read."""
+    return "text_questions" if config.short_answers and config.source == "drawn_text" else config.source
 
 
 def named_sources(given: Sequence[str], split: str | None = None, image_root: str | Path | None = None) -> NamedSources:

@@ -38,6 +38,10 @@ MAIN_MEASURES: dict[str, tuple[str, str]] = {
         "scenes answered right",
         "share of questions about drawn scenes, or descriptions of them, that the model answers exactly",
     ),
+    "text_questions.vqa_accuracy": (
+        "questions about text answered right",
+        "share of questions about single characters of drawn texts that the model answers right",
+    ),
     "names.naming_rank": (
         "rank of the right name",
         "place of the picture's name among other names, ordered by likelihood; 1 is best",
@@ -60,6 +64,20 @@ MAIN_MEASURES: dict[str, tuple[str, str]] = {
     ),
 }
 """Metric -> (what it is called inside a sentence, what it says in plain words). The verdict is about these."""
+
+POOLED_MEASURES: dict[str, tuple[str, str]] = {
+    "caption_loss_per_character": (
+        "caption loss per letter",
+        "how unexpected each letter of the right answer is to the language model",
+    ),
+    "character_error_rate": (
+        "character error rate",
+        "letters to change until the model's answer is the right one, for each letter of it",
+    ),
+    "exact_match": ("answers exactly right", "share of answers that are the right one, letter by letter"),
+    "vqa_accuracy": ("questions answered right", "share of short answers that are right, by the VQA challenge's rules"),
+}
+"""The same over all sources, where none of the main measures' own is among them."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +129,18 @@ def interval_of(found: Mapping[str, Any]) -> Point | None:
 def main_metrics(summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """`MAIN_MEASURES` as far as the reference arm was measured on them: of others nothing can be said for or against it.
 
-    Where the family is not among the sources (someone's own manifest), the metric pooled over all sources takes its place.
+    Where no family of a metric is among the sources (someone's own manifest), the metric pooled over all sources
+    takes its place.
     """
     measured = set(summary["arms"][summary["reference"]]["metrics"])
+    families = {metric.rpartition(".")[2] for metric in MAIN_MEASURES if metric in measured}
     found: dict[str, tuple[str, str]] = {}
     for metric, (title, meaning) in MAIN_MEASURES.items():
         plain = metric.rpartition(".")[2]
         if metric in measured:
             found[metric] = (title, meaning)
-        elif plain in measured:
-            found[plain] = (title.removesuffix(" on drawn text").replace("letter of drawn text", "letter"), meaning)
+        elif plain in measured and plain not in families:
+            found.setdefault(plain, POOLED_MEASURES.get(plain, (title, meaning)))
     return found
 
 

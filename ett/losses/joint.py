@@ -24,6 +24,8 @@ class LossConfig:
     Attributes:
         caption_weight: of L_cap, >= 0.
         image_weight: of the cross-entropy of image tokens that are drawn, >= 0; of a model with an image head alone.
+        image_noise: share, in [0, 1), of a drawn picture's tokens that the language model reads back wrong while it learns:
+            they are another picture's of the micro-batch, at the same place. What is to be predicted stays.
         tokenizer_weight: alpha, of L_vq as a whole, >= 0 (ETT: 0.25).
         reconstruction: pixel distance of L_rec.
         reconstruction_weight, quantization_weight: of L_rec and L_quant in L_vq, >= 0 (1).
@@ -44,6 +46,7 @@ class LossConfig:
 
     caption_weight: float = 1.0
     image_weight: float = 1.0
+    image_noise: float = 0.0
     tokenizer_weight: float = 0.25
     reconstruction: Literal["l1", "l2"] = "l1"
     reconstruction_weight: float = 1.0
@@ -72,6 +75,7 @@ class LossConfig:
             "soft_caption_weight",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.image_noise < 1, "image_noise", self.image_noise, "in [0, 1)")
         require(self.soft_temperature > 0, "soft_temperature", self.soft_temperature, "above 0")
         require(0 < self.reconstruction_share <= 1, "reconstruction_share", self.reconstruction_share, "in (0, 1]")
 

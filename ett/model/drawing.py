@@ -93,6 +93,21 @@ class Drawing:
         targets = next_token_labels(tokens).flatten()[rows] + self._first_image_logit
         return image_token_loss(hidden.flatten(0, 1)[rows], targets, self._shared_logits(), self._num_logits, num_items)
 
+    def with_wrong_tokens(self, indices: Tensor, input_ids: Tensor, labels: Tensor, share: float) -> Tensor:
+        """int64[I, h, w]: `indices`, of which each token of a picture that is drawn is by chance another picture's at the same
+        place, as wrong as what a model reads back of its own drawing.
+
+        Args:
+            indices: int64[I, h, w] of the pictures, in reading order. input_ids, labels: as `forward` takes them. share: the
+                chance, in [0, 1).
+        """
+        if len(indices) < 2:
+            return indices
+        drawn = (labels[input_ids == self.config.image_token_id] == DRAWN_INDEX).view(len(indices), -1).any(dim=1)
+        others = indices[torch.randperm(len(indices), device=indices.device)]
+        wrong = torch.rand(indices.shape, device=indices.device) < share
+        return torch.where(wrong & drawn[:, None, None], others, indices)
+
     def with_image_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
         """Text logits float[B, U, V], with those of the codes behind them where text and pictures share a softmax.
 

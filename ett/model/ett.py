@@ -246,10 +246,15 @@ class EttForConditionalGeneration(Drawing, PreTrainedModel, GenerationMixin):
         if pixel_values is not None and (pixel_values.shape[0] > 0 or takes_part):
             features = self.vision_tokenizer.encode(pixel_values)
             quantized = self.vision_tokenizer.quantize(features, entropy=labels is not None and weights.uses_entropy)
+        draws = labels is not None and self.image_head is not None and weights.image_weight > 0
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give input_ids or inputs_embeds.")
             seen = image_indices if quantized is None else quantized
+            if draws and self.training and weights.image_noise > 0 and seen is not None:
+                assert labels is not None
+                indices = seen if isinstance(seen, Tensor) else seen.indices
+                seen = self.with_wrong_tokens(indices, input_ids, labels, weights.image_noise)
             visual = None if seen is None else self.visual_embeddings(seen, weights.caption_reaches_tokenizer)
             inputs_embeds = self.embed(input_ids, visual)
         if (
@@ -259,7 +264,6 @@ class EttForConditionalGeneration(Drawing, PreTrainedModel, GenerationMixin):
             and attention_mask.dim() == 2
         ):
             position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-        draws = labels is not None and self.image_head is not None and weights.image_weight > 0
         if draws:
             kwargs["output_hidden_states"] = True
         fused = labels is not None and loss_positions is not None and self._loss_applies_head(draws)

@@ -149,14 +149,17 @@ def test_short_questions_are_about_what_is_shown() -> None:
     assert min(seen.values()) > 30
     plain = DrawnScenes(length=400)
     assert plain[7].metadata["things"] == source[7].metadata["things"]
+    assert (plain.name, source.name) == ("drawn-scenes", "scene-questions")
 
 
 def test_short_answers_are_of_scenes_that_are_read() -> None:
     asked = SourceConfig(source="drawn_scenes", size=32, short_answers=True).build()[3]
     assert asked.messages[1]["content"][0]["text"] != asked.metadata["prompt"]
     for given in ({"source": "names"}, {"source": "drawn_scenes", "draws": True}):
-        with pytest.raises(RecipeError, match="short_answers is for drawn_scenes that are read"):
+        with pytest.raises(RecipeError, match="short_answers is for drawn_scenes and drawn_text that are read"):
             SourceConfig(**given, short_answers=True)
+    with pytest.raises(RecipeError, match=r"leave asked at 1, not 0\.5"):
+        SourceConfig(source="drawn_scenes", short_answers=True, asked=0.5)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,27 @@ def test_answers_say_what_is_drawn() -> None:
     assert kinds == set(KINDS)
 
 
+def test_short_answers_name_the_first_or_the_last_character() -> None:
+    kinds = ("word", "number", "letters")
+    whole = DrawnText("word", kinds=kinds)
+    source = DrawnText("word", kinds=kinds, short_answers=True)
+    places = []
+    for index in range(100):
+        example = source[index]
+        question, answer = example.messages[0]["content"][1]["text"], example.messages[1]["content"][0]["text"]
+        text = example.metadata["text"]
+        assert text == whole[index].metadata["text"]
+        assert np.array_equal(example.images[0], whole[index].images[0])
+        first = "first" in question
+        assert first != ("last" in question)
+        assert answer == text[0 if first else -1]
+        places.append(first)
+    assert 30 < sum(places) < 70
+    for given in ({"spelled": True}, {"kinds": ("word", "colour")}):
+        with pytest.raises(DataError, match="short_answers is for words"):
+            DrawnText("word", short_answers=True, **given)
+
+
 def test_lengths() -> None:
     assert len(DrawnText("train")) == 1_000_000
     assert [len(DrawnText(split)) for split in SPLITS[1:]] == [512] * 3

@@ -14,7 +14,7 @@ import pytest
 from ett.evaluate.charts import DASHES, Row, Series, forest_plot, line_chart
 from ett.evaluate.comparison_evidence import mean_curve
 from ett.evaluate.comparison_page import ComparedPicture, ComparisonFacts, render_comparison
-from ett.evaluate.verdict import against, decimals, findings, fixed, headline, sentence, tally
+from ett.evaluate.verdict import against, decimals, findings, fixed, headline, main_metrics, sentence, tally
 from tests.evaluate.conftest import picture
 from tests.evaluate.test_report import HOSTILE, Page
 
@@ -154,6 +154,22 @@ def test_better() -> None:
     assert "chance is 50.5" in text
     assert ": worse" not in text
     assert "no difference shown from" not in text
+
+
+def test_one_family_does_not_lend_its_name_to_another() -> None:
+    """Texts of drawn pictures beside a manifest: no "scenes" where none were asked about; a manifest alone has plain titles."""
+
+    def titles(*metrics: str) -> dict[str, str]:
+        arms = {"ett": {"metrics": dict.fromkeys(metrics)}}
+        return {metric: title for metric, (title, _) in main_metrics({"reference": "ett", "arms": arms}).items()}
+
+    assert titles("exact_match", "drawn_text.exact_match") == {"drawn_text.exact_match": "texts read exactly"}
+    assert titles("exact_match", "mine.exact_match") == {"exact_match": "answers exactly right"}
+    both = titles("vqa_accuracy", "text_questions.vqa_accuracy", "drawn_scenes.exact_match", "exact_match")
+    assert both == {
+        "drawn_scenes.exact_match": "scenes answered right",
+        "text_questions.vqa_accuracy": "questions about text answered right",
+    }
 
 
 def test_worse() -> None:

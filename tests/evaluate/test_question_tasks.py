@@ -13,6 +13,7 @@ import torch
 from ett.cli import main
 from ett.data.drawn_text import DrawnText
 from ett.data.manifest import Manifest
+from ett.data.mixture import SourceConfig
 from ett.data.sources import conversation
 from ett.errors import DataError, ModelError
 from ett.evaluate import caption_measures
@@ -272,6 +273,28 @@ def test_drawn_text_is_read_from_the_answers_that_are_given_anyway(toy: Toy, mon
     assert found.metrics["reading_word_accuracy"].value == 1.0
     assert 1 <= found.metrics["reading_word_accuracy"].num_examples < 8, "a colour is not written in the picture"
     assert len(said) == len(set(said)) == 8
+
+
+def test_short_questions_about_built_in_pictures_are_vqa() -> None:
+    configs = [
+        SourceConfig(source="drawn_text", size=32),
+        SourceConfig(source="drawn_text", size=32, short_answers=True),
+        SourceConfig(source="drawn_scenes", size=32, short_answers=True),
+    ]
+    found = {
+        name: {task.name for task in TASKS.values() if task.suits(source)}
+        for name, source in builtin_sources("heldout", configs)
+    }
+    assert list(found) == [
+        "drawn_text.word",
+        "drawn_text.font",
+        "text_questions.word",
+        "text_questions.font",
+        "drawn_scenes.heldout",
+    ]
+    for name, tasks in found.items():
+        assert ("vqa" in tasks) == (not name.startswith("drawn_text")), name
+        assert ("reading" in tasks) == name.startswith("drawn_text"), name
 
 
 def test_markdown_and_page(run: Any) -> None:

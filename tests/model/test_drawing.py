@@ -173,6 +173,36 @@ def test_the_loss_reaches_what_draws_and_not_the_tokenizer() -> None:
     assert {name for name in without if name.startswith("language_model")} == {"language_model.lm_head.weight"}
 
 
+def test_tokens_read_back_wrong_are_other_pictures_at_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = build()
+    read = Example("read", conversation("What?", "a dog"), [picture(7)])
+    drawn = [Example(str(i), drawing("a cat"), [picture(i)]) for i in range(3)]
+    batch = processor.collate([processor.encode(each) for each in (drawn[0], read, *drawn[1:])])
+    indices = torch.arange(4)[:, None, None] * 64 + torch.arange(64).view(8, 8)
+    torch.manual_seed(0)
+    for _ in range(5):
+        found = model.with_wrong_tokens(indices, batch.input_ids, batch.labels, 0.3)
+        assert torch.equal(found % 64, indices % 64)
+        assert torch.equal(found[1], indices[1]), "a picture that is read stays"
+    many = torch.stack([model.with_wrong_tokens(indices, batch.input_ids, batch.labels, 0.3) for _ in range(200)])
+    # three of four permuted pictures at a place are others
+    assert (many != indices)[:, [0, 2, 3]].float().mean().item() == pytest.approx(0.3 * 3 / 4, abs=0.02)
+    # the loss: wrong tokens are read, the right ones predicted, and only while learning
+    noisy = LossConfig(tokenizer_weight=0.0, caption_weight=0.0, image_noise=0.5)
+    torch.testing.assert_close(
+        model(**inputs(batch), loss_config=noisy).loss, model(**inputs(batch), loss_config=GEN).loss
+    )
+    wrong = torch.randint(0, model.vision_tokenizer.codebook_size, (4, 8, 8))
+    monkeypatch.setattr(model, "with_wrong_tokens", lambda *_: wrong)
+    right = model.vision_tokenizer.tokenize(batch.pixel_values)
+    model.train()
+    found = model(**inputs(batch), loss_config=noisy, output_hidden_states=True)
+    model.eval()
+    given = inputs(batch) | {"pixel_values": None}
+    hidden = model(**given | {"labels": None}, image_indices=wrong, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(found.loss, model.image_loss(hidden, batch.input_ids, batch.labels, right))
+
+
 def test_words_and_pictures_of_one_batch_have_their_own_losses() -> None:
     model, processor = build({"kind": "vocabulary"})
     read = Example("read", conversation("What?", "a dog"), [picture(7)])

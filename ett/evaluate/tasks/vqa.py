@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ett.data.drawn_scenes import DrawnScenes
+from ett.data.drawn_text import DrawnText
 from ett.data.sources import Source
 from ett.evaluate.answer_measures import anls, vqa_accuracy
 from ett.evaluate.base import Metric, Selection, Subject, Task, TaskResult
@@ -24,7 +26,7 @@ class VqaTask(Task):
     needs_language_model: ClassVar[bool] = True
 
     def suits(self, source: Source) -> bool:
-        return manifest_states(source, ANSWERS)
+        return source.name in (DrawnScenes.questions, DrawnText.questions) or manifest_states(source, ANSWERS)
 
     def run(self, subject: Subject, data: Selection) -> TaskResult:
         said = greedy(subject, data, f"{data.name} {self.name}", lambda example: references(example, ANSWERS))
