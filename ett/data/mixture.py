@@ -23,6 +23,7 @@ from ett.data.entries import Lines, Samples
 from ett.data.entry_source import EntrySource
 from ett.data.far import BrokenSource
 from ett.data.manifest import Manifest
+from ett.data.moved import Moved
 from ett.data.places import shard_paths
 from ett.data.sources import Source
 from ett.data.table import ColumnsConfig, TableSource
@@ -73,6 +74,7 @@ class SourceConfig:
         short_answers: of drawn scenes, a question about one shape and a short answer instead of the whole description; of drawn
             text, one about its first or last character.
         seed: of drawn text and scenes.
+        versions: of names, how often each picture comes: as it is, and otherwise smaller, moved or mirrored (`Moved`).
         draws: the picture is the answer, to what `prompt` says of it: for the stages "gen" and "joint".
         prompt: what is asked for; ``{answer}`` stands for the answer that the source gives, other names in braces for its
             metadata (of names: ``{style}``, ``{group}`` ...).
@@ -94,6 +96,7 @@ class SourceConfig:
     size: int = 96
     short_answers: bool = False
     seed: int = 0
+    versions: int = 1
     draws: bool = False
     prompt: str = PROMPT
 
@@ -113,6 +116,9 @@ class SourceConfig:
             )
         if self.short_answers and self.asked < 1:
             raise RecipeError(f"short_answers answer a question: leave asked at 1, not {self.asked}.")
+        require(self.versions >= 1, "versions", self.versions, "at least 1")
+        if self.versions > 1 and self.source != "names":
+            raise RecipeError(f"versions are of names, not of {self.source}. Leave it out.")
         if self.source != "manifest" and self.image_root is not None:
             raise RecipeError("image_root is for manifests; other sources bring their pictures. Leave it out.")
 
@@ -157,6 +163,8 @@ class SourceConfig:
         else:
             artwork = {"names": ArtworkNames, "questions": ArtworkQuestions, "facts": ArtworkFacts}
             source = artwork[self.source](split)
+            if self.versions > 1 and split == "train":
+                source = Moved(source, self.versions)
         return Limited.of(source if self.asked == 1 else PartlyAsked(source, self.asked), self.limit)
 
     def build(self, *, tolerant: bool = False) -> Source:
