@@ -152,7 +152,7 @@ def load_comparison(
 ) -> Comparison:
     """Read a recipe that compares arms.
 
-    ``arms`` maps each arm's name to its changes, dotted keys to values ({} for none); ``seeds`` lists seeds, default the
+    ``arms`` maps each arm's name to its changes, dotted keys to values ({} for none, false for no such arm); ``seeds`` lists seeds, default the
     recipe's own; ``reference`` names the arm that the others are compared with; ``search`` is what is searched for each arm
     first (`Search`). All other keys are a recipe's.
 
@@ -168,6 +168,8 @@ def load_comparison(
         values["search"] = dict(search)
     rest = {key: value for key, value in values.items() if key not in OWN_KEYS}
     given, seeds = values.get("arms"), values.get("seeds", [values.get("seed", 0)])
+    if isinstance(given, Mapping):
+        given = values["arms"] = {name: changes for name, changes in given.items() if changes is not False}
     if not isinstance(given, Mapping) or len(given) < 2:
         raise RecipeError(
             f"{path} compares nothing: it needs `arms`, a mapping of at least two names to their changes."

@@ -235,6 +235,16 @@ def test_what_cannot_be_compared_is_refused(override: str, message: str, recipe:
         load_comparison(recipe, [override])
 
 
+def test_arms_are_left_out_where_they_are_false(recipe: Path) -> None:
+    names = load_comparison(recipe).names
+    fewer = load_comparison(recipe, ["arms.index_frozen=false"])
+    assert fewer.names == [name for name in names if name != "index_frozen"]
+    assert "index_frozen" not in fewer.values["arms"]
+    assert load_comparison(recipe, ["arms.index_frozen=null"]).names == names, "nothing changed is an arm"
+    with pytest.raises(RecipeError, match="unknown arm as reference|arm as reference"):
+        load_comparison(recipe, ["arms.ett=false", "reference=ett"])
+
+
 def test_folders_are_safe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablate_module, "_run_all", lambda *_: None)
     monkeypatch.setattr(ablate_module, "write_comparison_report", lambda out: out)
