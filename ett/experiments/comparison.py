@@ -152,8 +152,8 @@ def load_comparison(
 ) -> Comparison:
     """Read a recipe that compares arms.
 
-    ``arms`` maps each arm's name to its changes, dotted keys to values ({} for none, false for no such arm); ``seeds`` lists seeds, default the
-    recipe's own; ``reference`` names the arm that the others are compared with; ``search`` is what is searched for each arm
+    ``arms`` maps each arm's name to its changes, dotted keys to values ({} for none, false for no such arm); ``seeds`` lists
+    seeds, default the recipe's own; ``reference`` names the arm that the others are compared with; ``search`` is what is searched for each arm
     first (`Search`). All other keys are a recipe's.
 
     Args:

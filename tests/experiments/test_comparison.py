@@ -241,7 +241,7 @@ def test_arms_are_left_out_where_they_are_false(recipe: Path) -> None:
     assert fewer.names == [name for name in names if name != "index_frozen"]
     assert "index_frozen" not in fewer.values["arms"]
     assert load_comparison(recipe, ["arms.index_frozen=null"]).names == names, "nothing changed is an arm"
-    with pytest.raises(RecipeError, match="unknown arm as reference|arm as reference"):
+    with pytest.raises(RecipeError, match="arm as reference"):
         load_comparison(recipe, ["arms.ett=false", "reference=ett"])
 
 
