@@ -153,8 +153,8 @@ def load_comparison(
     """Read a recipe that compares arms.
 
     ``arms`` maps each arm's name to its changes, dotted keys to values ({} for none, false for no such arm); ``seeds`` lists
-    seeds, default the recipe's own; ``reference`` names the arm that the others are compared with; ``search`` is what is searched for each arm
-    first (`Search`). All other keys are a recipe's.
+    seeds, default the recipe's own; ``reference`` names the arm that the others are compared with; ``search`` is what is
+    searched for each arm first (`Search`). All other keys are a recipe's.
 
     Args:
         path: a YAML file, or the name of a shipped recipe. overrides: as `load_recipe` takes them.
