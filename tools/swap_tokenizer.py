@@ -2,8 +2,8 @@
 
     python tools/swap_tokenizer.py runs/tight_64px runs/tight_reading/ett/seed-0 runs/swapped/ett
 
-writes OUT, the first model with the second one's tokenizer, as a start for training (`model.init: OUT`). Both tokenizers must have
-the same shape: downsampling, number and length of codes.
+writes OUT, the first model with the second one's tokenizer, as a start for training (`model.init: OUT`). Both tokenizers must
+have the same shape: downsampling, number and length of codes.
 """
 
 from __future__ import annotations
