@@ -1,0 +1,42 @@
+"""Another model's vision tokenizer under a language model, by the tool that writes it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ett.model.loading import load_model
+from tests.conftest import TOKENIZER
+from tests.model.test_drawing import build
+
+TOOL = Path(__file__).parents[2] / "tools" / "swap_tokenizer.py"
+
+
+def swapped(*words: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(TOOL), *map(str, words)], check=False, capture_output=True, text=True)
+
+
+def test_the_second_models_tokenizer_under_the_first_ones_language_model(tmp_path: Path) -> None:
+    first, other, larger, out = (tmp_path / name for name in ("first", "other", "larger", "out"))
+    for folder, codes in ((first, 64), (other, 64), (larger, 128)):
+        model, processor = build(vision_tokenizer={**TOKENIZER, "codebook_size": codes})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.full_like(parameter, 0.001 * len(folder.name)))
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    done = swapped(first, other, out)
+    assert done.returncode == 0, done.stderr
+    found = load_model(out)[0].state_dict()
+    own, brought = (load_model(folder)[0].state_dict() for folder in (first, other))
+    for name, tensor in found.items():
+        expected = brought if name.startswith("vision_tokenizer.") else own
+        assert torch.equal(tensor, expected[name]), name
+    assert "is there already" in swapped(first, other, out).stderr
+    refused = swapped(first, larger, tmp_path / "none")
+    assert refused.returncode != 0
+    assert "codebook_size is 64" in refused.stderr
+    assert not (tmp_path / "none").exists()
