@@ -15,13 +15,16 @@ title are in one split.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import PIL.Image
+
+from ett.data.sources import split_by_hash
+from ett.errors import DataError
+from ett.images import WHITE, load_image
 
 SIDE = 128
 """Of the pictures [pixels], on white."""
@@ -32,12 +35,6 @@ NO_GROUPS = ("unsorted", "special", "shapes", "decorations", "buttons", "logos")
 QUESTION = "What group does the picture belong to?"
 SHARES = {"train": range(80), "validation": range(80, 88), "heldout": range(88, 100)}
 """Of 100 equal shares of all titles, by hash."""
-
-
-def split_of(title: str) -> str:
-    digest = hashlib.sha256(f"clipart:{title}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") % 100
-    return next(split for split, shares in SHARES.items() if share in shares)
 
 
 def titles(svg: Path) -> dict[Path, str]:
@@ -53,21 +50,21 @@ def titles(svg: Path) -> dict[Path, str]:
 
 
 def save_small(source: Path, out: Path) -> bool:
-    """Write the picture on white in a square of `SIDE`; False where it cannot be read."""
+    """Write the picture on white in a square of `SIDE`, no larger than it is; False where it cannot be read."""
     try:
-        with PIL.Image.open(source) as picture:
-            picture.thumbnail((SIDE, SIDE))
-            picture = picture.convert("RGBA")
-    except (OSError, PIL.Image.DecompressionBombError):
+        picture = load_image(source)
+    except DataError:
         return False
-    ground = PIL.Image.new("RGBA", (SIDE, SIDE), "white")
-    ground.alpha_composite(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
+    picture.thumbnail((SIDE, SIDE))
+    ground = PIL.Image.new("RGB", (SIDE, SIDE), WHITE)
+    ground.paste(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
     out.parent.mkdir(parents=True, exist_ok=True)
-    ground.convert("RGB").save(out)
+    ground.save(out)
     return True
 
 
 def line(identity: str, picture: str, question: str | None, answer: str, **facts: object) -> str:
+    """One line of a manifest (docs/data.md)."""
     asked: list[dict[str, object]] = [{"type": "image_url", "image_url": {"url": picture}}]
     if question is not None:
         asked.append({"type": "text", "text": question})
@@ -91,7 +88,7 @@ def main() -> None:
         picture = f"pictures/{path}.png"
         if not save_small(arguments.folder / "png" / f"{path}.png", arguments.out / picture):
             continue
-        split, identity = split_of(title), f"clipart/{path}"
+        split, identity = split_by_hash(f"clipart:{title}", SHARES), f"clipart/{path}"
         lines[f"titles_{split}"].append(line(identity, picture, None, title))
         if path.parts[0] in groups:
             answer = path.parts[0].replace("_", " ")

@@ -6,7 +6,6 @@ so that a program can tell them without a detector (``ett.evaluate.scene_vision`
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 from ett.data.drawn_text import TEXT_COLOURS, Rgb
-from ett.data.sources import Source, conversation
+from ett.data.sources import Source, conversation, split_by_hash
 from ett.errors import DataError, unknown
 from ett.images import WHITE
 from ett.types import Example
@@ -111,7 +110,7 @@ class DrawnScenes(Source):
         things = _placed(facts, rng)
         about = question_about(facts, rng) if self.short_answers else (rng.choice(QUESTIONS), facts["prompt"])
         return Example(
-            id=f"{DrawnScenes.name}/{self.split}/{self.seed}/{index}",
+            id=f"{self.name}/{self.split}/{self.seed}/{index}",
             messages=conversation(*about),
             images=(paint(things, self.size),),
             metadata={
@@ -164,9 +163,7 @@ def split_of(facts: Mapping[str, Any]) -> str | None:
     """The one split that a prompt belongs to; None for single objects and counts, which are too few to be divided."""
     if facts["tag"] in ("single_object", "counting"):
         return None
-    digest = hashlib.sha256(f"drawn-scenes/{facts['prompt']}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") % 100
-    return next(split for split, shares in _SHARES.items() if share in shares)
+    return split_by_hash(f"drawn-scenes/{facts['prompt']}", _SHARES)
 
 
 # -- what is asked for ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ the wording of the questions is ours.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from ett.data.sources import Source, conversation
+from ett.data.sources import Source, conversation, split_by_hash
 from ett.errors import DataError, unknown
 from ett.types import Example
 
@@ -158,8 +157,7 @@ def words() -> Sequence[str]:
 
 def split_of(text: str) -> str:
     """The one split that a string belongs to, whatever its kind, case, font or look."""
-    share = int.from_bytes(hashlib.sha256(f"drawn-text:{text.lower()}".encode()).digest()[:8], "big") % 100
-    return next(split for split, shares in _STRING_SHARES.items() if share in shares)
+    return split_by_hash(f"drawn-text:{text.lower()}", _STRING_SHARES)
 
 
 class DrawnText(Source):
@@ -175,10 +173,10 @@ class DrawnText(Source):
         difficulty: in [0, 1], see `Look`; up to 0.5 a person reads every picture of 64 pixels.
         kinds: some of `KINDS` and `DOCUMENT`, drawn equally often.
         spelled: answers are spelled, "h e l l o" (colours and documents are not).
-        lines: (fewest, most) lines of a document; no more than fit. Their words are the split's.
-        short_answers: ask for the first or the last character, and answer with it alone; of words, numbers and letter strings.
         characters: (fewest, most) characters of letter strings and numbers, and (at least 3, most) of words; None takes the
             difficulty's.
+        lines: (fewest, most) lines of a document; no more than fit. Their words are the split's.
+        short_answers: ask for the first or the last character, and answer with it alone; of words, numbers and letter strings.
         length: number of examples; by default 1,000,000 for train and 512 for the others.
         seed: another one gives other pictures; the strings of a split stay in it.
 

@@ -14,7 +14,7 @@ from ett.images import WHITE
 from ett.types import Example
 
 SMALLEST = 0.75
-"""Side of a version, as a share of the picture's."""
+"""Side of the smallest version, as a share of the picture's."""
 _WITH_A_SIDE = ("direction", "flag", "written", "time")
 """Metadata of pictures that would not be the same mirrored."""
 
@@ -22,6 +22,10 @@ _WITH_A_SIDE = ("direction", "flag", "written", "time")
 class Moved(Source):
     """A source `versions` times over: its examples as they are, then each anew with its pictures smaller and moved on white,
     and half of them mirrored where neither metadata nor answer speak of a side; a pure function of (source, versions, index).
+    Pictures keep their size [pixels].
+
+    Args:
+        source: RGB pictures. versions: of each example, >= 1, the one as it is among them.
 
     Raises:
         DataError: fewer than one version.

@@ -6,8 +6,9 @@ resuming at step s is arithmetic, not replay.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ett.types import Example, Message
 
@@ -39,6 +40,16 @@ class Source(ABC):
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
+
+
+def split_by_hash(key: str, shares: Mapping[str, range]) -> str:
+    """The one split that `key` belongs to, in every process and for ever.
+
+    Args:
+        shares: split -> which of 100 equal shares of all keys are its own; together range(100).
+    """
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
+    return next(split for split, own in shares.items() if share in own)
 
 
 def conversation(question: str | None, answer: str, num_images: int = 1) -> Sequence[Message]:

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +37,7 @@ from ett.evaluate.sources import NamedSources, configured_sources, held_back
 from ett.experiments.folder import RECIPE_NAME, RunFolder
 from ett.experiments.recipe import EvaluationConfig, Recipe, load_recipe
 from ett.model.build import (
+    ModelSpec,
     build_model,
     build_processor,
     build_vision_tokenizer,
@@ -217,7 +219,9 @@ class Run:
         if k > 0 and self.recipe.stages[k - 1].stage != "tokenizer":
             return load_saved(self.folder.stage(k - 1))
         tokenizer = (
-            build_vision_tokenizer(spec) if k == 0 else VisionTokenizer.from_pretrained(self.folder.stage(k - 1))
+            build_vision_tokenizer(with_tokenizer_folder(spec))
+            if k == 0
+            else VisionTokenizer.from_pretrained(self.folder.stage(k - 1))
         )
         if self.recipe.stages[k].stage == "tokenizer":
             # text plays no part in this stage, so any text tokenizer prepares its batches
@@ -312,7 +316,7 @@ class Run:
                     "or a built-in source."
                 )
         validation_mixture(self.recipe.evaluation, self.recipe.data, self.recipe.seed)
-        check_model(self.recipe.model)
+        check_model(with_tokenizer_folder(self.recipe.model))
         self._check_discriminators()
 
     def _check_discriminators(self) -> None:
@@ -340,6 +344,18 @@ def validation_mixture(evaluation: EvaluationConfig, trained: Sequence[SourceCon
         return None
     sources = [config.build() if config.source in STORED else config.with_split(evaluation.split) for config in configs]
     return Mixture(sources, [config.weight for config in configs], seed)
+
+
+def with_tokenizer_folder(spec: ModelSpec) -> ModelSpec:
+    """`spec`, whose vision tokenizer's path may be a run's folder or a shipped name, with the folder that holds its weights.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if spec.init is not None or "path" not in spec.vision_tokenizer:
+        return spec
+    folder = resolve_model_folder(find_weights(spec.vision_tokenizer["path"]))
+    return replace(spec, vision_tokenizer={**spec.vision_tokenizer, "path": str(folder)})
 
 
 def recipe_of(path: Path) -> Recipe | None:

@@ -66,9 +66,10 @@ class ModelSpec:
             chat_template and settings of its vision tokenizer can be set beside it, anything else is an error.
         image_size: H and W [pixels], or one number for both.
         image_mode: how pictures are fitted to it.
-        vision_tokenizer: ``{path: DIR}`` or a configuration (``tokenizer_type``, default "ibq", and its fields). Fields beside
-            `path`, or beside `init`, change the saved tokenizer's settings as far as its weights allow: its temperature, say,
-            or a smaller codebook_size, whose codes are merged from the saved ones.
+        vision_tokenizer: ``{path: DIR}``, a saved tokenizer or model (in a recipe also a run's folder), or a configuration
+            (``tokenizer_type``, default "ibq", and its fields). Fields beside `path`, or beside `init`, change the saved
+            tokenizer's settings as far as its weights allow: its temperature, say, or a smaller codebook_size, whose codes are
+            merged from the saved ones.
         language_model: null where only the tokenizer is trained.
         visual_input: "embedding" (ETT) or "index"; index_init: the table as a copy of the codebook, or from N(0, 1).
         chat_template: "lm" (the language model's own) or "plain" (captioning format, no roles), or a Jinja template.

@@ -214,11 +214,7 @@ class VisionTokenizer(nn.Module, ABC):
         config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
         for path in (config_path, weights_path):
             if not path.is_file():
-                stages = sorted(str(stage) for stage in directory.glob("stages/[0-9]*-*"))
-                instead = (
-                    f" It is a run's folder: give what a stage ended with, {' or '.join(stages)}." if stages else ""
-                )
-                raise ModelError(f"{directory} is not a saved vision tokenizer: it has no {path.name}.{instead}")
+                raise ModelError(f"{directory} is not a saved vision tokenizer: it has no {path.name}.")
         try:
             mapping = json.loads(config_path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

@@ -134,6 +134,10 @@ class StageConfig:
                 f"The {self.stage} stage predicts the vision tokenizer's indices, so the tokenizer must stay as it is. Leave "
                 "vision_tokenizer out of `trains`."
             )
+        if self.stage not in DRAWING and self.losses is not None and self.losses.image_noise > 0:
+            raise RecipeError(
+                f"losses.image_noise is for pictures that are drawn, in the stages {' and '.join(DRAWING)}. Leave it out."
+            )
         if self.stage not in DRAWING and "image_head" in self.parts:
             raise RecipeError(f"Only the stages {' and '.join(DRAWING)} train an image head; take it out of `trains`.")
         if self.trains is not None:

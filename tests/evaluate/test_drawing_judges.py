@@ -134,14 +134,11 @@ def test_final_figures_search_all_held_out_pictures_too() -> None:
     assert (found.gallery, found.heldout_gallery) == (24, 72)
     names = [ArtworkNames(split).facts(i)["name"] for split in ("pair", "style", "concept") for i in range(24)]
     asked = [names[index] for index in found.wanted]
-    blind = 1 - np.mean([np.prod([1 - names.count(name) / (72 - drawn) for drawn in range(5)]) for name in asked])
-    if all(names.count(name) == 1 for name in asked):
-        assert found.chance["heldout_top5"] == pytest.approx(5 / 72)
-    assert found.chance["heldout_top5"] == pytest.approx(blind, rel=0.1)
+    missed = [np.prod([1 - names.count(name) / (72 - drawn) for drawn in range(5)]) for name in asked]
+    assert found.chance["heldout_top5"] == pytest.approx(1 - np.mean(missed))
     assert found.chance["heldout_top5"] < found.chance["retrieval_top5"]
     for row in found.rows.values():
         assert row["heldout_top1"].value <= row["heldout_top5"].value
-        # more pictures to be mistaken for, and more of the name
         assert row["heldout_top5"].num_examples == row["retrieval_top5"].num_examples
     validation = judge_drawings(model, processor, network, limit=2, sampling=ImageSampling(guidance=1.0))
     assert validation.heldout_gallery == 0

@@ -22,8 +22,10 @@ import yaml
 from ett.config import from_mapping, to_mapping
 from ett.data.mixture import SourceConfig
 from ett.errors import ModelError, RecipeError, UserError
+from ett.experiments.plan.skeleton import skeleton
 from ett.experiments.recipe import SHIPPED, Recipe, dump_recipe, load_recipe
 from ett.experiments.run import Interrupted, Run, load_model, resolve_model_folder
+from ett.model import EttForConditionalGeneration
 from ett.tokenizers import VisionTokenizer
 from ett.train import loop as loop_module
 from ett.train.checkpoint import list_checkpoints
@@ -356,6 +358,24 @@ def test_starting_from_a_saved_model(toy_run: Path, toy_recipe: dict[str, Any], 
     assert torch.equal(model.vision_tokenizer.quantize.codebook, codebook)
     assert not torch.equal(model.index_embedding.weight, codebook)
     torch.testing.assert_close(model.index_embedding.weight, codebook, rtol=0, atol=1e-2)
+
+
+def test_a_runs_folder_brings_its_tokenizer(toy_run: Path, toy_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """`model.vision_tokenizer.path` takes what `model.init` takes: of a run, what its last stage ended with."""
+    toy_recipe["model"]["vision_tokenizer"] = {"path": str(toy_run)}
+    toy_recipe["stages"] = [{"stage": "align", "steps": 1, "batch_size": 2}]
+    recipe = recipe_from(toy_recipe)
+    model, _ = skeleton(recipe, 0)
+    Run(recipe, tmp_path / "run").train()
+    ended, found = load_model(toy_run)[0].vision_tokenizer, load_model(tmp_path / "run")[0].vision_tokenizer
+    assert isinstance(model, EttForConditionalGeneration)
+    assert model.vision_tokenizer.config == found.config
+    for name, tensor in ended.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+    (tmp_path / "empty").mkdir()
+    toy_recipe["model"]["vision_tokenizer"] = {"path": str(tmp_path / "empty")}
+    with pytest.raises(ModelError, match=r"not a saved vision tokenizer: it has no config\.json"):
+        Run(recipe_from(toy_recipe), tmp_path / "other")
 
 
 def test_recipe_json_of_a_run_is_plain_yaml(toy_recipe: dict[str, Any]) -> None:

@@ -90,6 +90,8 @@ def test_a_joint_stage_learns_words_and_pictures(recipe: dict[str, Any], tmp_pat
         ({"stage": {"stage": "joint"}}, "some must do without"),
         ({"stage": {"trains": ["vision_tokenizer", "projector"]}}, "must stay as it is"),
         ({"stage": {"stage": "chat", "trains": ["image_head"]}}, "Only the stages gen and joint"),
+        ({"stage": {"stage": "chat", "losses": {"image_noise": 0.2}}}, "image_noise is for pictures that are drawn"),
+        ({"stage": {"losses": {"image_noise": 1.0}}}, "image_noise"),
         ({"stage": {"drop_prompt": 1.5}}, "drop_prompt"),
         ({"model": {"projector": {"merge_size": 2}}}, "one token a position"),
     ],

@@ -13,7 +13,7 @@ from ett.data.mixture import Mixture, build_mixture
 from ett.data.sources import Source
 from ett.errors import DataError, RecipeError
 from ett.experiments.recipe import Recipe, load_recipe, read_values
-from ett.experiments.run import resolve_model_folder, validation_mixture
+from ett.experiments.run import resolve_model_folder, validation_mixture, with_tokenizer_folder
 from ett.model.build import build_model, build_processor, build_vision_tokenizer, start_from
 from ett.model.ett import EttForConditionalGeneration
 from ett.model.loading import find_weights
@@ -67,7 +67,7 @@ def skeleton(recipe: Recipe, k: int) -> tuple[EttForConditionalGeneration | Visi
     spec = recipe.model
     if spec.init is not None:
         return start_from(resolve_model_folder(find_weights(spec.init)), spec, weights=False)
-    tokenizer = build_vision_tokenizer(spec, weights=False)
+    tokenizer = build_vision_tokenizer(with_tokenizer_folder(spec), weights=False)
     if recipe.stages[k].stage == "tokenizer":
         return tokenizer, build_processor(spec, byte_tokenizer(), tokenizer)
     return build_model(spec, tokenizer, weights=False)
